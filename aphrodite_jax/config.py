@@ -1,0 +1,205 @@
+"""Frozen option values: which model, with which limits, and how the engine runs it."""
+
+import dataclasses
+import functools
+import importlib.resources
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from flax.core import FrozenDict
+
+from aphrodite_jax.errors import ConfigError
+
+__all__ = ["EngineConfig", "ModelConfig", "shipped_model_path"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_MAX_IMAGE_PIXELS = 178_956_970
+"""Pillow's own threshold for a decompression bomb: 1 GiB of RGB over two."""
+
+
+def shipped_model_path() -> Path:
+    """Directory of the small LLaVA-1.5 that the package carries."""
+    return Path(str(importlib.resources.files("aphrodite_jax") / "assets" / "tiny_llava"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint, and what a prompt to it may hold. All that the registries need.
+
+    Attributes:
+      model: a directory in Hugging Face format or a hub id; None is the model that ships with the package.
+      tokenizer: the same for the tokenizer; None takes ``model``.
+      revision: hub branch, tag or commit; an error with a local directory.
+      dtype: "auto" (the checkpoint's; float16 stays float16), "float32", "bfloat16" or "float16".
+      seed: base of the seeds of requests that give none.
+      max_model_len: tokens of prompt and answer together; None takes the config's limit.
+      limit_mm_per_prompt: modality to most items of one prompt; 1 for modalities that are not named.
+      mm_processor_kwargs: options for the Hugging Face image processor.
+      hf_overrides: config fields to replace after loading; nested fields as nested dicts.
+      max_image_pixels: largest width x height that is decoded.
+      media_roots: directories that file: URLs may read from; None allows any, () forbids all.
+
+    Raises:
+      ConfigError: a value out of range, or a model that is neither a directory nor a hub id.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    limit_mm_per_prompt: Mapping[str, int] = FrozenDict()
+    mm_processor_kwargs: Mapping[str, Any] = FrozenDict()
+    hf_overrides: Mapping[str, Any] = FrozenDict()
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+    media_roots: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        put("model", str(self.model) if self.model is not None else str(shipped_model_path()))
+        put("tokenizer", str(self.tokenizer) if self.tokenizer is not None else self.model)
+        for name in ("limit_mm_per_prompt", "mm_processor_kwargs", "hf_overrides"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a mapping, got {type(value).__name__}")
+            put(name, FrozenDict(value))
+        if self.media_roots is not None:
+            put("media_roots", tuple(str(root) for root in self.media_roots))
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for modality, limit in self.limit_mm_per_prompt.items():
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+                raise ConfigError(f"limit_mm_per_prompt[{modality!r}] must be at least 1, got {limit!r}")
+        for name in ("max_model_len", "max_image_pixels"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be a whole number in [0, 2**32), got {self.seed!r}")
+        if self.revision is not None and self.is_local:
+            raise ConfigError(f"revision {self.revision!r} has no meaning for the directory {self.model!r}")
+        if not self.is_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.model):
+            raise ConfigError(
+                f"model {self.model!r} is neither a directory here nor a hub id such as 'org/name'"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``model`` is a directory on this machine."""
+        return Path(self.model).is_dir()
+
+    @functools.cached_property
+    def hf_config(self) -> transformers.PretrainedConfig:
+        """The checkpoint's Hugging Face config, with ``hf_overrides`` applied."""
+        if self.is_local and not (Path(self.model) / "config.json").is_file():
+            raise ConfigError(f"{self.model!r} has no config.json: not a Hugging Face checkpoint directory")
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.model, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"can't read the config of model {self.model!r}: {error}") from error
+        _override(config, self.hf_overrides, "hf_overrides")
+        return config
+
+    @property
+    def hf_text_config(self) -> transformers.PretrainedConfig:
+        """The language model's part of ``hf_config``; the whole for a text model."""
+        return self.hf_config.get_text_config()
+
+    @functools.cached_property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together: ``max_model_len``, else the config's own limit.
+
+        Raises:
+          ConfigError: ``max_model_len`` is above what the positions of the config reach.
+        """
+        limit = getattr(self.hf_text_config, "max_position_embeddings", None)
+        if self.max_model_len is None:
+            if limit is None:
+                raise ConfigError(f"the config of {self.model!r} has no length limit; give max_model_len")
+            return limit
+        if limit is not None and self.max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len {self.max_model_len} is above the {limit} positions of {self.model!r}; "
+                "to go beyond, override max_position_embeddings with hf_overrides"
+            )
+        return self.max_model_len
+
+    def limit_for(self, modality: str) -> int:
+        """Most items of ``modality`` in one prompt."""
+        return self.limit_mm_per_prompt.get(modality, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs a model.
+
+    Attributes:
+      max_num_seqs: requests that run at the same time.
+      max_num_batched_tokens: prompt tokens of one prefill step; longer prompts take several steps. None takes
+        the smaller of 2048 and the model's length, rounded up to a bucket.
+      page_size: tokens of one KV page.
+      kv_cache_memory: bytes of KV pages, as a number or as text such as "512MiB". None takes enough on CPU for
+        ``max_num_seqs`` full-length requests, at most 1 GiB; on accelerators what is left of the device's memory.
+      memory_fraction: share of an accelerator's memory that may be used in all.
+      encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
+        needs, and room for one prefill step.
+      warm_up: compile every program before the first request.
+      on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
+      compilation_cache_dir: where compiled programs are kept between runs; None keeps none.
+      show_progress: draw progress bars on stderr.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int | None = None
+    page_size: int = 16
+    kv_cache_memory: int | str | None = None
+    memory_fraction: float = 0.9
+    encoder_cache_tokens: int | None = None
+    warm_up: bool = True
+    on_recompile: str = "warn"
+    compilation_cache_dir: str | None = None
+    show_progress: bool = True
+
+    def __post_init__(self):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "encoder_cache_tokens"):
+            value = getattr(self, name)
+            required = name in ("max_num_seqs", "page_size")
+            if (value is None and required) or (
+                value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+            ):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.on_recompile not in ("warn", "raise"):
+            raise ConfigError(f"on_recompile must be 'warn' or 'raise', got {self.on_recompile!r}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+        if self.kv_cache_memory is not None:
+            object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
+
+
+def _bytes(value: int | str) -> int:
+    """A count of bytes from a number or from text such as "512MiB" or "2 GB"."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(value), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"a size in bytes is a number or text such as '512MiB', got {value!r}")
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
+
+
+def _override(config: transformers.PretrainedConfig, overrides: Mapping[str, Any], where: str) -> None:
+    for name, value in overrides.items():
+        if not hasattr(config, name):
+            raise ConfigError(f"{where}: the config {type(config).__name__} has no field {name!r}")
+        current = getattr(config, name)
+        if isinstance(value, Mapping) and isinstance(current, transformers.PretrainedConfig):
+            _override(current, value, f"{where}[{name!r}]")
+        else:
+            setattr(config, name, dict(value) if isinstance(value, Mapping) else value)

@@ -1,0 +1,82 @@
+"""The one place where models meet attention: row intervals in, heads out, pages written on the way."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import interval_attention, kv_write, paged_attention
+from kernels_pallas.intervals import RowIntervals
+
+__all__ = ["AttentionMetadata", "KVCache", "PagedLayout", "attend"]
+
+
+class KVCache(NamedTuple):
+    """One layer's pages of keys and values."""
+
+    k_pages: Float[Array, "P page_size K H"]
+    v_pages: Float[Array, "P page_size K H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedLayout:
+    """Where a batch's rows read and write their keys and values.
+
+    Attributes:
+      slots: ``[T]`` slot (page * page_size + offset) of each row's own key; past the last page for padding.
+      block_tables: ``[R, M]`` pages of each request.
+      tile_request: ``[G]`` request of each tile of ``T // G`` rows.
+    """
+
+    slots: Int[Array, " T"]
+    block_tables: Int[Array, "R M"]
+    tile_request: Int[Array, " G"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionMetadata:
+    """What attention must know of a batch.
+
+    Attributes:
+      intervals: mask kind to the row intervals ``[T]``, in key positions of the row's own request.
+      paged: the pages; None where keys and values are those of this call (training, tests).
+    """
+
+    intervals: Mapping[str, RowIntervals]
+    paged: PagedLayout | None = None
+
+
+def attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: KVCache | None,
+    metadata: AttentionMetadata,
+    *,
+    mask: str,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Float[Array, "T N H"], KVCache | None]:
+    """Attention of one decoder layer under the mask kind ``mask``.
+
+    With a cache, ``k`` and ``v`` are written to their pages first, and the new pages are returned.
+    """
+    start, stop = metadata.intervals[mask]
+    if kv_cache is None:
+        out = interval_attention(
+            q[None], k[None], v[None], start[None], stop[None], scale=scale, soft_cap=soft_cap
+        )
+        return out[0], None
+    paged = metadata.paged
+    kv_cache = KVCache(
+        kv_write(kv_cache.k_pages, k, paged.slots), kv_write(kv_cache.v_pages, v, paged.slots)
+    )
+    out = paged_attention(
+        q, *kv_cache, paged.block_tables, paged.tile_request, start, stop, scale=scale, soft_cap=soft_cap
+    )
+    return out, kv_cache

@@ -1,0 +1,102 @@
+"""What the engine asks of a model class, and what makes one multimodal."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+import transformers
+from jaxtyping import Array, Float, Int
+
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
+from aphrodite_jax.modeling.loader.weight_rules import WeightRule
+
+__all__ = ["LanguageModel", "MaskSpec", "SupportsMultiModal", "supports_multimodal"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskSpec:
+    """One kind of mask of a model's layers, as a rule over a prompt (`kernels_pallas.intervals`).
+
+    Attributes:
+      window: keys that a row sees at most, its own included; None sees all before it.
+      bidirectional: modalities whose placeholder spans see themselves whole.
+      prefix: the whole prompt sees itself whole; generated tokens are causal.
+    """
+
+    window: int | None = None
+    bidirectional: tuple[str, ...] = ()
+    prefix: bool = False
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """An nnx module that the engine can run.
+
+    Built as ``cls(config, dtype=..., rngs=...)`` from the Hugging Face config; all parameters have ``dtype``.
+
+    Class attributes:
+      weight_rules: how checkpoint names become parameter paths.
+    """
+
+    weight_rules: ClassVar[tuple[WeightRule, ...]]
+
+    @staticmethod
+    def mask_specs(config: transformers.PretrainedConfig) -> dict[str, MaskSpec]:
+        """The mask kinds of this model's layers, by the name under which they look up their intervals."""
+        ...
+
+    @staticmethod
+    def kv_cache_shapes(config: transformers.PretrainedConfig) -> Sequence[tuple[int, int]]:
+        """``(num_kv_heads, head_dim)`` of each decoder layer."""
+        ...
+
+    def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token embeddings."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        kv_caches: tuple[KVCache, ...] | None,
+        attn_metadata: AttentionMetadata,
+        *,
+        inputs_embeds: Float[Array, "T D"] | None = None,
+    ) -> tuple[Float[Array, "T D"], tuple[KVCache, ...] | None]:
+        """Hidden states after the last norm, and the caches with this call's keys and values written.
+
+        ``inputs_embeds``, if given, takes the place of the token embeddings.
+        """
+        ...
+
+    def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Next-token logits, in float32."""
+        ...
+
+
+@runtime_checkable
+class SupportsMultiModal(Protocol):
+    """A model that takes media.
+
+    Its ``__call__`` reserves keyword parameters for the arrays that its input mappers make (``pixel_values``,
+    say); called with them, it encodes the media and puts the rows where the prompt has the placeholder token.
+    The engine does the same in two programs, `embed_multimodal` and a ``__call__`` with ``inputs_embeds``,
+    so that nothing of the media is in the second one's shape.
+    """
+
+    supports_multimodal: ClassVar[bool] = True
+
+    def embed_multimodal(self, **mm_kwargs: jax.Array) -> Mapping[str, Sequence[Float[Array, "rows D"]]]:
+        """Encode media: modality to one array of rows per item, in the order of the items.
+
+        The arrays are those of the mappers, with items on axis 0. Rows are as wide as token embeddings.
+        """
+        ...
+
+
+def supports_multimodal(model_cls: type) -> bool:
+    """Whether ``model_cls`` is multimodal: it says so, and has `SupportsMultiModal.embed_multimodal`."""
+    return bool(getattr(model_cls, "supports_multimodal", False)) and callable(
+        getattr(model_cls, "embed_multimodal", None)
+    )

@@ -1,0 +1,50 @@
+"""What a request gives back."""
+
+import dataclasses
+
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """Log-probability (natural log) of one candidate, its rank from 1, and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One answer.
+
+    ``finish_reason`` is "stop" (end token, stop token or stop string), "length" (max_tokens or the model's
+    limit), "abort", or None while it runs. ``stop_reason`` is the stop string or stop token id that ended it;
+    None for the end token. ``logprobs`` has one dict per token, token id to `Logprob`, if asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A request's state: its prompt and its answers so far.
+
+    ``error`` is the exception that refused the request; then ``outputs`` is empty and ``finished`` true.
+    ``prompt_token_ids`` are those after the placeholders were expanded. ``prompt_logprobs`` has None for the
+    first token.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...] = ()
+    outputs: tuple[CompletionOutput, ...] = ()
+    finished: bool = False
+    error: Exception | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None

@@ -1,0 +1,5 @@
+"""Attention over pages of keys and values: ragged rows of many requests, with row-interval masks."""
+
+from kernels_pallas.paged_attention.api import paged_attention
+
+__all__ = ["paged_attention"]
