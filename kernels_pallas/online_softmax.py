@@ -27,7 +27,7 @@ def init_state(q) -> SoftmaxState:
 
 def update(state, q, k, v, offset, start, stop, *, scale, soft_cap=None) -> SoftmaxState:
     """Take in keys and values ``[B, S, K, H]`` that stand at positions ``offset ..``; intervals ``[B, T]``."""
-    keys = offset + jnp.arange(k.shape[1], dtype=jnp.int32)
+    keys = (offset + jnp.arange(k.shape[1], dtype=jnp.int32))[None, None]
     visible = (start[..., None] <= keys) & (keys < stop[..., None])  # [B, T, S]
     # Slots that no row sees may hold anything, NaN too, and 0 * NaN is NaN.
     v = jnp.where(visible.any(axis=1)[:, :, None, None], v, jnp.zeros((), v.dtype))

@@ -44,10 +44,13 @@ class AttentionMetadata:
 
     Attributes:
       intervals: mask kind to the row intervals ``[T]``, in key positions of the row's own request.
+      lengths: ``[T]`` tokens of the row's request when the row is computed, ``max(position + 1, prompt)``; None
+        where all rows are one prompt.
       paged: the pages; None where keys and values are those of this call (training, tests).
     """
 
     intervals: Mapping[str, RowIntervals]
+    lengths: Int[Array, " T"] | None = None
     paged: PagedLayout | None = None
 
 

@@ -8,6 +8,7 @@ import jax
 import transformers
 from jaxtyping import Array, Float, Int
 
+from aphrodite_jax.errors import RegistrationError
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 
@@ -75,9 +76,8 @@ class LanguageModel(Protocol):
         ...
 
 
-@runtime_checkable
-class SupportsMultiModal(Protocol):
-    """A model that takes media.
+class SupportsMultiModal:
+    """A model that takes media; a mix-in for nnx modules.
 
     Its ``__call__`` reserves keyword parameters for the arrays that its input mappers make (``pixel_values``,
     say); called with them, it encodes the media and puts the rows where the prompt has the placeholder token.
@@ -92,11 +92,9 @@ class SupportsMultiModal(Protocol):
 
         The arrays are those of the mappers, with items on axis 0. Rows are as wide as token embeddings.
         """
-        ...
+        raise RegistrationError(f"{type(self).__name__} takes media but has no embed_multimodal method")
 
 
 def supports_multimodal(model_cls: type) -> bool:
-    """Whether ``model_cls`` is multimodal: it says so, and has `SupportsMultiModal.embed_multimodal`."""
-    return bool(getattr(model_cls, "supports_multimodal", False)) and callable(
-        getattr(model_cls, "embed_multimodal", None)
-    )
+    """Whether ``model_cls`` is multimodal: a `SupportsMultiModal`."""
+    return issubclass(model_cls, SupportsMultiModal)

@@ -1,0 +1,187 @@
+"""Llama, and the decoder that Mistral and Qwen2 share with it (https://arxiv.org/abs/2302.13971).
+
+The module tree has Hugging Face's names: ``model.embed_tokens``, ``model.layers.0.self_attn.q_proj`` and so on.
+All rows of a batch stand in one axis ``T``; which keys a row sees is told by the attention metadata alone.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import transformers
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from aphrodite_jax.modeling.layers.activation import activation
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend
+from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary, rotary_table
+from aphrodite_jax.modeling.loader.weight_rules import WeightRule
+from aphrodite_jax.modeling.models.interfaces import MaskSpec
+
+__all__ = ["LlamaForCausalLM", "head_dim_of"]
+
+
+class LlamaAttention(nnx.Module):
+    """Self-attention with grouped heads and rotary positions, under one mask kind."""
+
+    def __init__(self, config, *, mask: str, qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
+        self.mask, self.head_dim = mask, head_dim
+        width, kw = config.hidden_size, {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.q_proj = nnx.Linear(width, heads * head_dim, use_bias=qkv_bias, **kw)
+        self.k_proj = nnx.Linear(width, kv_heads * head_dim, use_bias=qkv_bias, **kw)
+        self.v_proj = nnx.Linear(width, kv_heads * head_dim, use_bias=qkv_bias, **kw)
+        self.o_proj = nnx.Linear(heads * head_dim, width, use_bias=out_bias, **kw)
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        rotary: RotaryTable,
+        kv_cache: KVCache | None,
+        metadata: AttentionMetadata,
+    ) -> tuple[Float[Array, "T D"], KVCache | None]:
+        """The layer's output and its cache with these rows written."""
+        q, k, v = (
+            projection(x).reshape(len(x), -1, self.head_dim)  # [T, heads, H]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        out, kv_cache = attend(q, k, v, kv_cache, metadata, mask=self.mask)
+        return self.o_proj(out.reshape(len(x), -1)), kv_cache
+
+
+class LlamaMLP(nnx.Module):
+    """Gated feed-forward (SwiGLU, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+        bias = getattr(config, "mlp_bias", False)
+        kw = {"use_bias": bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.act = activation(config.hidden_act)
+        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **kw)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The feed-forward of each row."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nnx.Module):
+    """Attention and feed-forward, each after a norm and added to what came in."""
+
+    def __init__(self, config, *, mask: str, qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.self_attn = LlamaAttention(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw)
+        self.mlp = LlamaMLP(config, **kw)
+        self.input_layernorm = _norm(config, **kw)
+        self.post_attention_layernorm = _norm(config, **kw)
+
+    def __call__(self, x, rotary, kv_cache, metadata):
+        """Hidden states ``[T, D]`` and the cache, as `LlamaAttention`."""
+        attended, kv_cache = self.self_attn(self.input_layernorm(x), rotary, kv_cache, metadata)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv_cache
+
+
+class LlamaModel(nnx.Module):
+    """Embeddings, decoder layers and the last norm."""
+
+    def __init__(self, config, *, masks: Sequence[str], qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
+        self.config = config
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, **kw)
+        self.layers = nnx.List(
+            LlamaDecoderLayer(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw) for mask in masks
+        )
+        self.norm = _norm(config, **kw)
+
+    def __call__(self, x, positions, kv_caches, metadata):
+        """Hidden states after the last norm from token embeddings ``[T, D]``, and the new caches."""
+        lengths = metadata.lengths
+        if lengths is None:
+            lengths = jnp.full_like(positions, len(positions))
+        rotary = rotary_table(self.config, positions, lengths)
+        new_caches = []
+        for index, layer in enumerate(self.layers):
+            cache = None if kv_caches is None else kv_caches[index]
+            x, cache = layer(x, rotary, cache, metadata)
+            new_caches.append(cache)
+        return self.norm(x), None if kv_caches is None else tuple(new_caches)
+
+
+class LlamaForCausalLM(nnx.Module):
+    """Llama as a language model; see `aphrodite_jax.modeling.models.interfaces.LanguageModel`.
+
+    Families with the same decoder subclass it and say what differs: the mask kind of each layer, the biases.
+    """
+
+    weight_rules = (
+        WeightRule(r".*\.rotary_emb\.inv_freq", None),
+        WeightRule(r"((?:model|lm_head)\..*)", r"\1"),
+    )
+
+    def __init__(self, config: transformers.PretrainedConfig, *, dtype, rngs: nnx.Rngs):
+        self.config = config
+        qkv_bias, out_bias = self.attention_biases(config)
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.model = LlamaModel(
+            config, masks=self.layer_masks(config), qkv_bias=qkv_bias, out_bias=out_bias, **kw
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, param_dtype=dtype, **kw
+            )
+
+    @staticmethod
+    def layer_masks(config) -> tuple[str, ...]:
+        """Mask kind of each layer."""
+        return ("full",) * config.num_hidden_layers
+
+    @staticmethod
+    def mask_specs(config) -> dict[str, MaskSpec]:
+        """The mask kinds by name."""
+        return {"full": MaskSpec()}
+
+    @staticmethod
+    def attention_biases(config) -> tuple[bool, bool]:
+        """Whether the query, key and value projections have a bias, and whether the output projection has."""
+        return config.attention_bias, config.attention_bias
+
+    @staticmethod
+    def kv_cache_shapes(config) -> tuple[tuple[int, int], ...]:
+        """``(num_kv_heads, head_dim)`` of each layer."""
+        return ((config.num_key_value_heads, head_dim_of(config)),) * config.num_hidden_layers
+
+    def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token embeddings."""
+        return self.model.embed_tokens(input_ids)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        kv_caches: tuple[KVCache, ...] | None,
+        attn_metadata: AttentionMetadata,
+        *,
+        inputs_embeds: Float[Array, "T D"] | None = None,
+    ) -> tuple[Float[Array, "T D"], tuple[KVCache, ...] | None]:
+        """Hidden states after the last norm, and the caches with these rows written."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model(inputs_embeds, positions, kv_caches, attn_metadata)
+
+    def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Next-token logits, in float32."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.attend(hidden_states).astype(jnp.float32)
+        return self.lm_head(hidden_states).astype(jnp.float32)
+
+
+def head_dim_of(config) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _norm(config, *, dtype, rngs):
+    return nnx.RMSNorm(
+        config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs
+    )
