@@ -29,7 +29,7 @@ class PatchEmbed(nnx.Module):
         x = pixel_values[:, :, : rows * p, : columns * p].astype(self.kernel[...].dtype)
         x = x.reshape(B, C, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)
         x = x.reshape(B, rows * columns, C * p * p) @ self.kernel[...]
-        return x if self.bias is None else x + self.bias[...]
+        return x if self.bias is None else x + self.bias[...][None, None]
 
 
 def merge_multimodal_embeddings(

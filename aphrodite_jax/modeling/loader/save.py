@@ -1,0 +1,102 @@
+"""A model's weights into a directory in Hugging Face format: the inverse of loading."""
+
+import copy
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import transformers
+from flax import nnx
+
+from aphrodite_jax.errors import CheckpointError
+from aphrodite_jax.modeling.loader.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
+from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, write_file
+
+__all__ = ["save_pretrained"]
+
+WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+
+
+def save_pretrained(
+    model: nnx.Module,
+    hf_config: transformers.PretrainedConfig,
+    directory: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write ``config.json`` and the weights, in shards with an index if they exceed ``max_shard_bytes``.
+
+    Names are those of the module tree, which is the layout of most files on the hub. Weights keep their
+    dtype, and the config's ``dtype`` becomes theirs. Files of an earlier model in ``directory`` are replaced;
+    no file is ever half-written, and the config is written last.
+
+    Raises:
+      CheckpointError: parameters of no floating-point dtype that the format has.
+      OSError: the directory can't be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    found = parameters(model)
+    odd = [name for name, parameter in found.items() if parameter.value.dtype not in FLOAT_DTYPES.values()]
+    if odd:
+        raise CheckpointError(f"parameters that are not floating point can't be saved: {', '.join(odd)}")
+    files = _shards(found, max_shard_bytes)
+    for file, names in files.items():
+        described = {name: (found[name].value.dtype, found[name].shape) for name in names}
+        write_file(directory / file, described, lambda name: _array(found[name]))
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(_num_bytes, found.values()))},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        _write_text(directory / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    else:
+        (directory / INDEX_FILE).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if WEIGHT_FILES.fullmatch(path.name) and path.name not in files:
+            path.unlink()
+    _write_text(directory / "config.json", _config_text(model, hf_config, found))
+
+
+def _shards(found: dict[str, Parameter], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File to names of its tensors, in the order of the model; a larger tensor has a file of its own."""
+    shards, size = [[]], 0
+    for name, parameter in found.items():
+        num_bytes = _num_bytes(parameter)
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def _num_bytes(parameter: Parameter) -> int:
+    return math.prod(parameter.shape) * parameter.value.dtype.itemsize
+
+
+def _array(parameter: Parameter) -> np.ndarray:
+    return parameter.view(np.asarray(parameter.value))
+
+
+def _config_text(model: nnx.Module, hf_config: transformers.PretrainedConfig, found) -> str:
+    config = copy.deepcopy(hf_config)
+    dtypes = {parameter.value.dtype.name for parameter in found.values()}
+    config.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config.architectures = config.architectures or [type(model).__name__]
+    return config.to_json_string(use_diff=True)
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
