@@ -1,0 +1,189 @@
+"""From what a user gave to a checked prompt: tokenize, process, map, check (all on the host).
+
+Whatever goes wrong here, a model author's function included, is the error of this request alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from aphrodite_jax.architectures import resolve_architecture
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
+from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
+from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
+from aphrodite_jax.modeling.models.interfaces import MaskSpec, supports_multimodal
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
+from kernels_pallas import intervals
+from kernels_pallas.intervals import RowIntervals
+
+__all__ = ["Prompt", "PromptPreparer"]
+
+Prompt = str | Mapping[str, Any]
+RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "multi_modal_data"}
+
+
+class PromptPreparer:
+    """Prepares prompts for one model.
+
+    Args:
+      model_config: the model.
+      tokenizer: its tokenizer; None where all prompts come as token ids.
+      mask_specs: mask kinds of the model's layers.
+      rows_per_item: rows that the model makes of mapped items (`ModelRunner.rows_per_item`).
+      max_tokens: of a prompt and one token of its answer, what the model and the caches hold.
+      max_media_rows: of one prompt, what the encoder cache holds.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tokenizer,
+        *,
+        mask_specs: Mapping[str, MaskSpec],
+        rows_per_item: RowsPerItem,
+        max_tokens: int,
+        max_media_rows: int,
+    ):
+        self._model_config = model_config
+        self._tokenizer = tokenizer
+        self._mask_specs = mask_specs
+        self._rows_per_item = rows_per_item
+        self._max_tokens = max_tokens
+        self._max_media_rows = max_media_rows
+        model_cls = resolve_architecture(model_config.hf_config.architectures)
+        self._multimodal = supports_multimodal(model_cls)
+
+    def __call__(self, prompt: Prompt) -> PreparedPrompt:
+        """The prepared prompt.
+
+        Raises:
+          RequestError: the prompt can't be served; the message says why and what to do.
+        """
+        try:
+            return self._prepare(prompt)
+        except RequestError:
+            raise
+        except AphroditeError as error:
+            raise RequestError(str(error)) from error
+        except Exception as error:  # a mapper or processor of a model author, or a library below it
+            raise RequestError(f"preparing the prompt failed: {type(error).__name__}: {error}") from error
+
+    def _prepare(self, prompt: Prompt) -> PreparedPrompt:
+        inputs = self._tokenize(prompt)
+        if inputs.multi_modal_data and not self._multimodal:
+            raise RequestError(
+                f"the model takes text alone, the prompt comes with {', '.join(inputs.multi_modal_data)}"
+            )
+        if self._multimodal:
+            inputs = self._process(inputs)
+        token_ids = self._check_tokens(inputs.prompt_token_ids)
+        return PreparedPrompt(
+            text=inputs.prompt,
+            token_ids=token_ids,
+            intervals=prompt_intervals(self._mask_specs, len(token_ids), inputs.placeholders),
+            media=self._map(inputs),
+        )
+
+    def _tokenize(self, prompt: Prompt) -> LLMInputs:
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping):
+            raise RequestError(f"a prompt is a string or a dict, got {type(prompt).__name__}")
+        unknown = set(prompt) - PROMPT_KEYS
+        if unknown:
+            raise RequestError(
+                f"unknown prompt key {', '.join(map(repr, sorted(map(str, unknown))))}; "
+                f"there are {', '.join(sorted(PROMPT_KEYS))}"
+            )
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if token_ids is None:
+            if not isinstance(text, str):
+                raise RequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'")
+            if self._tokenizer is None:
+                raise RequestError("no tokenizer is loaded: give prompt_token_ids")
+            token_ids = self._tokenizer(text)["input_ids"]
+        return LLMInputs(
+            prompt_token_ids=tuple(int(token) for token in token_ids),
+            prompt=text,
+            multi_modal_data=dict(prompt.get("multi_modal_data") or {}),
+        )
+
+    def _process(self, inputs: LLMInputs) -> LLMInputs:
+        items = MULTIMODAL_REGISTRY.split_items(self._model_config, inputs.multi_modal_data)
+        inputs = LLMInputs(
+            prompt_token_ids=inputs.prompt_token_ids,
+            prompt=inputs.prompt,
+            multi_modal_data={modality: parts for modality, parts in items.items() if len(parts)},
+        )
+        return INPUT_REGISTRY.process_input(self._model_config, inputs)
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> np.ndarray:
+        if len(token_ids) == 0:
+            raise RequestError("the prompt is empty: it has no tokens")
+        if len(token_ids) >= self._max_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens, media included; at most {self._max_tokens - 1} fit with "
+                "one token of an answer: shorten it, or raise max_model_len"
+            )
+        array = np.asarray(token_ids, np.int32)
+        if array.min() < 0:
+            raise RequestError(f"token ids start at 0, the prompt has {array.min()}")
+        return array
+
+    def _map(self, inputs: LLMInputs) -> tuple[MediaItem, ...]:
+        media = []
+        for modality, items in inputs.multi_modal_data.items():
+            ranges = inputs.placeholders.get(modality, ())
+            if len(ranges) != len(items):
+                raise PlaceholderError(
+                    f"{len(items)} {modality} items, but the input processor placed {len(ranges)}"
+                )
+            for item, placeholder in zip(items, ranges, strict=True):
+                media.append(self._map_item(modality, item, placeholder))
+        total = sum(item.placeholder.length for item in media)
+        if total > self._max_media_rows:
+            raise RequestError(
+                f"the media take {total} rows, the encoder cache has {self._max_media_rows}: "
+                "raise encoder_cache_tokens"
+            )
+        return tuple(sorted(media, key=lambda item: item.placeholder.offset))
+
+    def _map_item(self, modality: str, item, placeholder) -> MediaItem:
+        mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
+        mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
+        options = self._model_config.mm_processor_kwargs
+        embeds = None
+        if set(mm_kwargs) == {f"{modality}_embeds"}:
+            embeds = mm_kwargs[f"{modality}_embeds"].reshape(-1, mm_kwargs[f"{modality}_embeds"].shape[-1])
+            rows = len(embeds)
+        else:
+            rows = sum(self._rows_per_item(mm_kwargs).get(modality, ()))
+        if rows != placeholder.length:
+            raise PlaceholderError(
+                f"the prompt holds {placeholder.length} tokens for the {modality} item at token "
+                f"{placeholder.offset}, the model makes {rows} rows of it"
+            )
+        return MediaItem(
+            modality=modality,
+            content_hash=content_hash(item, {"modality": modality, **options}),
+            placeholder=placeholder,
+            mm_kwargs=None if embeds is not None else mm_kwargs,
+            embeds=embeds,
+        )
+
+
+def prompt_intervals(
+    mask_specs: Mapping[str, MaskSpec], length: int, placeholders: Mapping[str, Sequence]
+) -> dict[str, RowIntervals]:
+    """Row intervals of a whole prompt for each mask kind."""
+    result = {}
+    for kind, spec in mask_specs.items():
+        rows = intervals.causal(length, window=spec.window)
+        spans = [(r.offset, r.stop) for modality in spec.bidirectional for r in placeholders.get(modality, ())]
+        rows = intervals.bidirectional_spans(rows, spans)
+        result[kind] = intervals.prefix(rows, length) if spec.prefix else rows
+    return result

@@ -1,0 +1,55 @@
+"""The largest legal prompt, from a model's registered dummy data, through the same functions as any request."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from aphrodite_jax.architectures import resolve_architecture
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.errors import RegistrationError
+from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
+from aphrodite_jax.modeling.models.interfaces import supports_multimodal
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
+
+__all__ = ["media_examples", "media_tokens_per_prompt"]
+
+
+def media_tokens_per_prompt(model_config: ModelConfig) -> int:
+    """Rows that the media of one prompt at its limits take; 0 for a text model."""
+    if not supports_multimodal(resolve_architecture(model_config.hf_config.architectures)):
+        return 0
+    return MULTIMODAL_REGISTRY.get_max_multimodal_tokens(model_config)
+
+
+def media_examples(
+    model_config: ModelConfig, rows_per_item: Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
+) -> tuple[dict[str, np.ndarray], ...]:
+    """Mapped arrays of one dummy item for each distinct shape.
+
+    Raises:
+      RegistrationError: the dummy data, the input processor, the token bound and the model disagree.
+    """
+    model_cls = resolve_architecture(model_config.hf_config.architectures)
+    if not supports_multimodal(model_cls):
+        return ()
+    dummy = INPUT_REGISTRY.dummy_data_for_profiling(
+        model_config, model_config.context_length, MULTIMODAL_REGISTRY
+    )
+    items = MULTIMODAL_REGISTRY.split_items(model_config, dummy.multi_modal_data)
+    processed = INPUT_REGISTRY.process_input(
+        model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=items)
+    )
+    bounds = MULTIMODAL_REGISTRY.max_tokens_per_item(model_config)
+    examples = {}
+    for modality, parts in items.items():
+        for item, placeholder in zip(parts, processed.placeholders[modality], strict=True):
+            mm_kwargs = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
+            mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
+            rows = sum(rows_per_item(mm_kwargs).get(modality, ()))
+            if not placeholder.length == rows <= bounds[modality]:
+                raise RegistrationError(
+                    f"{model_cls.__name__}: a dummy {modality} has {placeholder.length} placeholder tokens, the model "
+                    f"makes {rows} rows of it, and the registered bound is {bounds[modality]} tokens: they must agree"
+                )
+            examples[tuple((name, array.shape) for name, array in sorted(mm_kwargs.items()))] = mm_kwargs
+    return tuple(examples.values())

@@ -1,0 +1,104 @@
+"""A request on the host: its prepared prompt, and one sequence of tokens per answer."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+import numpy as np
+
+from aphrodite_jax.engine.detokenizer import Detokenizer
+from aphrodite_jax.inputs import PlaceholderRange
+from aphrodite_jax.modeling.models.interfaces import MaskSpec
+from aphrodite_jax.outputs import Logprob
+from aphrodite_jax.sampling_params import SamplingParams
+from kernels_pallas.intervals import RowIntervals, causal
+
+__all__ = ["MediaItem", "PreparedPrompt", "Sequence", "SequenceStatus"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaItem:
+    """One item of a prompt: its content hash, its place, and its mapped arrays (items axis of 1) or embeddings."""
+
+    modality: str
+    content_hash: str
+    placeholder: PlaceholderRange
+    mm_kwargs: Mapping[str, np.ndarray] | None = None
+    embeds: np.ndarray | None = None  # [rows, D]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedPrompt:
+    """A checked prompt: expanded token ids, row intervals by mask kind, media in the order of their places."""
+
+    text: str | None
+    token_ids: np.ndarray
+    intervals: Mapping[str, RowIntervals]
+    media: tuple[MediaItem, ...] = ()
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is on its way."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """The tokens of one answer and how far the caches are with them.
+
+    ``num_computed`` counts tokens whose keys and values stand in pages; it falls to 0 when the sequence is
+    preempted, and everything before is computed again.
+    """
+
+    def __init__(
+        self,
+        sequence_id: str,
+        prompt: PreparedPrompt,
+        params: SamplingParams,
+        *,
+        seed: int,
+        mask_specs: Mapping[str, MaskSpec],
+        detokenizer: Detokenizer,
+    ):
+        self.sequence_id = sequence_id
+        self.prompt = prompt
+        self.params = params
+        self.seed = seed
+        self.detokenizer = detokenizer
+        self.status = SequenceStatus.WAITING
+        self.output_ids: list[int] = []
+        self.num_computed = 0
+        self.num_preemptions = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.cumulative_logprob = 0.0
+        self._mask_specs = mask_specs
+
+    def __len__(self) -> int:
+        return len(self.prompt.token_ids) + len(self.output_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.token_ids)
+
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """Tokens ``[begin, end)`` of prompt and answer."""
+        generated = self.output_ids[max(0, begin - self.prompt_length) : max(0, end - self.prompt_length)]
+        return np.concatenate([self.prompt.token_ids[begin:end], np.array(generated, np.int32)])
+
+    def intervals(self, begin: int, end: int) -> dict[str, RowIntervals]:
+        """Row intervals of the tokens ``[begin, end)``: the prompt's own, then causal ones."""
+        split = min(max(begin, self.prompt_length), end)
+        result = {}
+        for kind, spec in self._mask_specs.items():
+            prompt = self.prompt.intervals[kind]
+            answer = causal(end - split, offset=split, window=spec.window)
+            result[kind] = RowIntervals(
+                np.concatenate([prompt.start[begin:split], answer.start]),
+                np.concatenate([prompt.stop[begin:split], answer.stop]),
+            )
+        return result

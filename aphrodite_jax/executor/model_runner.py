@@ -1,0 +1,354 @@
+"""The device side: a model, its caches, and the four kinds of programs that run on them.
+
+    encode   media arrays           -> rows of the encoder cache
+    store    precomputed embeddings -> rows of the encoder cache
+    forward  a batch of rows        -> logits of each request's last row; KV pages written
+    sample   logits                 -> tokens
+
+The KV cache and the encoder cache are donated to each program that writes them and replaced by its result.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aphrodite_jax.config import EngineConfig, ModelConfig
+from aphrodite_jax.errors import ConfigError
+from aphrodite_jax.executor import memory
+from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
+from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_up
+from aphrodite_jax.executor.programs import CompileJob, Programs
+from aphrodite_jax.modeling.layers.attention import KVCache
+from aphrodite_jax.modeling.models.interfaces import supports_multimodal
+from aphrodite_jax.sampling import (
+    SampledTokens,
+    SamplingBatch,
+    empty_sampling_batch,
+    prompt_logprobs,
+    sample,
+    sample_greedy,
+)
+from aphrodite_jax.sampling_params import MAX_LOGPROBS
+from kernels_pallas.intervals import causal
+
+__all__ = ["ModelRunner"]
+
+PROMPT_LOGPROB_ROWS = 64
+"""Rows whose prompt log-probabilities are computed at a time."""
+
+
+class ModelRunner:
+    """Runs one model on one device.
+
+    Args:
+      model: the nnx module with its weights.
+      model_config, engine_config: as given by the user.
+      media_budget: rows that the media of one prompt at its limits take; 0 for a text model.
+      max_num_batched_tokens: tokens of a prefill step.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        *,
+        media_budget: int,
+        max_num_batched_tokens: int,
+    ):
+        hf_config = model_config.hf_config
+        self._graphdef, self._params = nnx.split(model)
+        self._model_cls = type(model)
+        self._multimodal = supports_multimodal(type(model))
+        self.mask_specs = type(model).mask_specs(hf_config)
+        self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens)
+        self.page_size = engine_config.page_size
+        self.context_length = model_config.context_length
+        self._max_pages = -(-self.context_length // self.page_size)
+        self.programs = Programs(engine_config.on_recompile)
+        self._dtype = jax.tree.leaves(self._params)[0].dtype
+        self._width = self._embedding_width()
+        self.vocab_size = self._logits_width()
+        self.encoder_rows = self._choose_encoder_rows(engine_config, media_budget)
+        self._encoder_cache = jnp.zeros((max(self.encoder_rows, 1), self._width), self._dtype)
+        self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
+        self._allocate_pages(engine_config)
+
+    # Start-up.
+
+    def warm_up(self, media_examples: Sequence[Mapping[str, np.ndarray]], *, show_progress: bool) -> None:
+        """Compile every program of every bucket; ``media_examples`` are the arrays of one item of each shape."""
+        jobs = [self._sample_job(self._shape((n, self.vocab_size), jnp.float32), None) for n in self._logit_rows()]
+        jobs += [
+            self._sample_job(self._shape((n, self.vocab_size), jnp.float32), self._dummy_sampling(n))
+            for n in self._logit_rows()
+        ]
+        jobs += [self._forward_job(self._dummy_batch(tokens, decode=False)) for tokens in self.buckets.prefill_tokens]
+        jobs += [self._forward_job(self._dummy_batch(n, decode=True)) for n in self.buckets.decode_requests]
+        for example in media_examples:
+            for items in self.buckets.encode_items:
+                arrays = {name: np.repeat(array, items, axis=0) for name, array in example.items()}
+                jobs.append(self._encode_job(arrays, items))
+        if self._multimodal:
+            jobs += [
+                self._store_job(np.zeros((rows, self._width), self._dtype), np.zeros(rows, np.int32))
+                for rows in self._store_buckets()
+            ]
+        jobs.append(
+            self._prompt_logprobs_job(
+                self._shape((PROMPT_LOGPROB_ROWS, self._width), self._dtype),
+                np.zeros(PROMPT_LOGPROB_ROWS, np.int32),
+            )
+        )
+        self.programs.compile(jobs, show_progress=show_progress)
+        self.programs.seal()
+
+    def memory_budget(self) -> memory.MemoryBudget:
+        """Bytes by purpose, programs as compiled so far."""
+        return memory.MemoryBudget(
+            weights=_nbytes(self._params),
+            kv_pages=_nbytes(self._kv_caches),
+            encoder_cache=self._encoder_cache.nbytes,
+            forward=self.programs.largest_temp_bytes("forward"),
+            encode=self.programs.largest_temp_bytes("encode"),
+            total=self._limit,
+        )
+
+    # Steps.
+
+    def rows_per_item(self, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+        """Rows that the model would make of each item, by modality: shapes alone, nothing runs."""
+        shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(mm_kwargs.items()))
+        return self._rows_of_shapes(shapes)
+
+    def encode(self, items: Sequence[Mapping[str, np.ndarray]], rows: Sequence[np.ndarray]) -> None:
+        """Encode media items with arrays of equal shapes into ``rows[i]`` of the encoder cache."""
+        for begin in range(0, len(items), self.buckets.encode_items[-1]):
+            part = items[begin : begin + self.buckets.encode_items[-1]]
+            count = round_up(len(part), self.buckets.encode_items)
+            arrays = {
+                name: np.concatenate([item[name] for item in part] + [part[0][name]] * (count - len(part)))
+                for name in part[0]
+            }
+            targets = np.concatenate(rows[begin : begin + len(part)]).astype(np.int32)
+            job = self._encode_job(arrays, count, targets)
+            self._encoder_cache = self.programs.run(job)
+
+    def store(self, embeds: np.ndarray, rows: np.ndarray) -> None:
+        """Put embeddings ``[n, D]`` that the user computed into ``rows`` of the encoder cache."""
+        size = round_up(len(embeds), self._store_buckets())
+        padded = np.zeros((size, self._width), self._dtype)
+        padded[: len(embeds)] = embeds
+        targets = np.full(size, self.encoder_rows, np.int32)
+        targets[: len(rows)] = rows
+        self._encoder_cache = self.programs.run(self._store_job(padded, targets))
+
+    def forward(self, rows: Sequence[Rows], *, decode: bool) -> tuple[jax.Array, jax.Array, np.ndarray]:
+        """Run rows of several requests; one row each where ``decode``.
+
+        Returns:
+          logits ``[R, V]`` of each request's last row, hidden states ``[T, D]``, and where each request's rows begin.
+        """
+        if decode:
+            num_tokens = num_requests = round_up(len(rows), self.buckets.decode_requests)
+        else:
+            needed = sum(-(-len(r) // TILE_SIZE) * TILE_SIZE for r in rows)
+            num_tokens = round_up(needed, self.buckets.prefill_tokens)
+            num_requests = self.buckets.prefill_requests(num_tokens)
+        batch, offsets = self._build(rows, num_tokens, num_requests, 1 if decode else TILE_SIZE)
+        logits, hidden, self._kv_caches = self.programs.run(self._forward_job(batch))
+        return logits, hidden, offsets
+
+    def sample(self, logits: jax.Array, batch: SamplingBatch | None) -> SampledTokens:
+        """Choose a token for each row of ``logits [R, V]``; None chooses greedily."""
+        return jax.device_get(self.programs.run(self._sample_job(logits, batch)))
+
+    def prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray):
+        """Log-probabilities of ``targets [n]`` under the logits of ``hidden [n, D]``, as `SampledTokens` on the host."""
+        parts = []
+        for begin in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            part = targets[begin : begin + PROMPT_LOGPROB_ROWS]
+            padding = PROMPT_LOGPROB_ROWS - len(part)
+            rows = np.minimum(np.arange(begin, begin + PROMPT_LOGPROB_ROWS), len(targets) - 1)
+            job = self._prompt_logprobs_job(hidden[rows], np.pad(part, (0, padding)).astype(np.int32))
+            result = jax.device_get(self.programs.run(job))
+            parts.append(jax.tree.map(lambda x, n=len(part): x[:n], result))
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+    # Programs: each method says what one takes, for a run and for compiling ahead alike.
+
+    def _forward_job(self, batch: ForwardBatch) -> CompileJob:
+        def forward(params, kv_caches, encoder_cache, batch):
+            model = nnx.merge(self._graphdef, params)
+            embeds = model.embed_input_ids(batch.input_ids)
+            if self._multimodal:
+                media = encoder_cache[jnp.maximum(batch.media_rows, 0)]
+                embeds = jnp.where((batch.media_rows >= 0)[:, None], media, embeds)
+            hidden, kv_caches = model(
+                batch.input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds
+            )
+            return model.compute_logits(hidden[batch.last_rows]), hidden, kv_caches
+
+        key = (len(batch.input_ids), len(batch.metadata.paged.tile_request), len(batch.last_rows))
+        args = (self._params, self._kv_caches, self._encoder_cache, batch)
+        return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
+
+    def _encode_job(
+        self, arrays: Mapping[str, np.ndarray], count: int, targets: np.ndarray | None = None
+    ) -> CompileJob:
+        def encode(params, encoder_cache, arrays, targets):
+            embeds = nnx.merge(self._graphdef, params).embed_multimodal(**arrays)
+            rows = jnp.concatenate([item for items in embeds.values() for item in items])
+            return encoder_cache.at[targets].set(rows.astype(encoder_cache.dtype), mode="drop")
+
+        per_item = [n for counts in self.rows_per_item(arrays).values() for n in counts]
+        all_targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped
+        if targets is not None:
+            all_targets[: len(targets)] = targets
+        key = (count, tuple((name, x.shape, str(x.dtype)) for name, x in sorted(arrays.items())))
+        args = (self._params, self._encoder_cache, dict(arrays), all_targets)
+        return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
+
+    def _store_job(self, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:
+        def store(encoder_cache, embeds, targets):
+            return encoder_cache.at[targets].set(embeds, mode="drop")
+
+        args = (self._encoder_cache, embeds, targets)
+        return CompileJob(name="store", key=len(embeds), fn=store, args=args, donate=(0,))
+
+    def _sample_job(self, logits, batch: SamplingBatch | None) -> CompileJob:
+        if batch is None:
+            return CompileJob(name="sample_greedy", key=logits.shape[0], fn=sample_greedy, args=(logits,))
+        fn = functools.partial(sample, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
+        return CompileJob(name="sample", key=logits.shape[0], fn=fn, args=(logits, batch))
+
+    def _prompt_logprobs_job(self, hidden, targets: np.ndarray) -> CompileJob:
+        def run(params, hidden, targets):
+            logits = nnx.merge(self._graphdef, params).compute_logits(hidden)
+            return prompt_logprobs(logits, targets, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
+
+        return CompileJob(name="prompt_logprobs", key=len(targets), fn=run, args=(self._params, hidden, targets))
+
+    # Shapes and sizes.
+
+    def _build(self, rows, num_tokens, num_requests, tile_size):
+        return build_batch(
+            rows,
+            num_tokens=num_tokens,
+            num_requests=num_requests,
+            tile_size=tile_size,
+            mask_kinds=tuple(self.mask_specs),
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_pages=self._max_pages,
+        )
+
+    def _dummy_batch(self, num_tokens: int, *, decode: bool) -> ForwardBatch:
+        row = Rows(
+            token_ids=np.zeros(1, np.int32),
+            start=0,
+            prompt_length=1,
+            intervals={kind: causal(1) for kind in self.mask_specs},
+            pages=np.zeros(1, np.int32),
+        )
+        requests = num_tokens if decode else self.buckets.prefill_requests(num_tokens)
+        return self._build([row], num_tokens, requests, 1 if decode else TILE_SIZE)[0]
+
+    def _dummy_sampling(self, rows: int) -> SamplingBatch:
+        return empty_sampling_batch(
+            num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length
+        )
+
+    def _logit_rows(self) -> tuple[int, ...]:
+        prefill = {self.buckets.prefill_requests(tokens) for tokens in self.buckets.prefill_tokens}
+        return tuple(sorted(prefill | set(self.buckets.decode_requests)))
+
+    def _store_buckets(self) -> tuple[int, ...]:
+        doublings = range(4, math.ceil(math.log2(max(self.encoder_rows, 17))) + 1)
+        return tuple(2**i for i in doublings)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - one runner lives as long as its engine
+    def _rows_of_shapes(self, shapes) -> dict[str, tuple[int, ...]]:
+        def embed(params, arrays):
+            embeds = nnx.merge(self._graphdef, params).embed_multimodal(**arrays)
+            return {modality: list(items) for modality, items in embeds.items()}
+
+        arrays = {name: self._shape(shape, dtype) for name, shape, dtype in shapes}
+        embeds = jax.eval_shape(embed, self._params, arrays)
+        for modality, items in embeds.items():
+            for item in items:
+                if item.ndim != 2 or item.shape[1] != self._width:
+                    raise ConfigError(
+                        f"{self._model_cls.__name__}.embed_multimodal gave {modality} rows of shape {item.shape}; "
+                        f"expected [rows, {self._width}]"
+                    )
+        return {modality: tuple(item.shape[0] for item in items) for modality, items in embeds.items()}
+
+    def _embedding_width(self) -> int:
+        ids = self._shape((1,), jnp.int32)
+        return jax.eval_shape(
+            lambda params, ids: nnx.merge(self._graphdef, params).embed_input_ids(ids), self._params, ids
+        ).shape[-1]
+
+    def _logits_width(self) -> int:
+        hidden = self._shape((1, self._width), self._dtype)
+        return jax.eval_shape(
+            lambda params, x: nnx.merge(self._graphdef, params).compute_logits(x), self._params, hidden
+        ).shape[-1]
+
+    def _choose_encoder_rows(self, engine_config: EngineConfig, media_budget: int) -> int:
+        if not self._multimodal:
+            return 0
+        asked = engine_config.encoder_cache_tokens
+        if asked is None:
+            return media_budget + self.buckets.prefill_tokens[-1]
+        if asked < media_budget:
+            raise ConfigError(
+                f"encoder_cache_tokens {asked} is below the {media_budget} rows of one prompt at its limits"
+            )
+        return asked
+
+    def _allocate_pages(self, engine_config: EngineConfig) -> None:
+        device = jax.devices()[0]
+        self._limit = memory.device_limit(device, engine_config.memory_fraction)
+        page_bytes = memory.kv_bytes_per_page(self._kv_shapes, self.page_size, self._dtype.itemsize)
+        self.num_pages = 1
+        self._kv_caches = self._page_shapes(1)
+        used = 0
+        if self._limit is not None and engine_config.kv_cache_memory is None:
+            largest = self._dummy_batch(self.buckets.prefill_tokens[-1], decode=False)
+            self.programs.compile([self._forward_job(largest)], show_progress=False)
+            used = _nbytes(self._params) + self._encoder_cache.nbytes
+            used += self.programs.largest_temp_bytes("forward")
+            self.programs = Programs(engine_config.on_recompile)  # the real ones have another number of pages
+        self.num_pages = memory.num_kv_pages(
+            page_bytes=page_bytes,
+            page_size=self.page_size,
+            max_num_seqs=engine_config.max_num_seqs,
+            context_length=self.context_length,
+            requested=engine_config.kv_cache_memory,
+            limit=self._limit,
+            used=used,
+        )
+        self._kv_caches = jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, shape.dtype), self._page_shapes(self.num_pages)
+        )
+
+    def _page_shapes(self, num_pages: int) -> tuple[KVCache, ...]:
+        return tuple(
+            KVCache(*(self._shape((num_pages, self.page_size, heads, head_dim), self._dtype),) * 2)
+            for heads, head_dim in self._kv_shapes
+        )
+
+    @staticmethod
+    def _shape(shape, dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _nbytes(tree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))

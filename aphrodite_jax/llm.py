@@ -1,0 +1,236 @@
+"""What a user touches: a model to load, prompts in, answers out."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from tqdm import tqdm
+
+from aphrodite_jax.config import EngineConfig, ModelConfig
+from aphrodite_jax.engine import AphroditeEngine
+from aphrodite_jax.engine.admission import Prompt
+from aphrodite_jax.errors import ConfigError, RequestError
+from aphrodite_jax.inputs import render_chat
+from aphrodite_jax.outputs import RequestOutput
+from aphrodite_jax.sampling_params import SamplingParams
+
+__all__ = ["LLM"]
+
+Messages = Sequence[Mapping[str, Any]]
+OnError = Literal["return", "raise"]
+
+
+class LLM:
+    """A model and its engine, for work on lists of prompts.
+
+    Args:
+      model: a directory in Hugging Face format or a hub id; None takes the small LLaVA that ships.
+      **options: any field of `aphrodite_jax.ModelConfig` (tokenizer, dtype, seed, max_model_len,
+        limit_mm_per_prompt, mm_processor_kwargs, hf_overrides, ...) and of `aphrodite_jax.EngineConfig`
+        (max_num_seqs, max_num_batched_tokens, kv_cache_memory, ...); both document each one.
+
+    Raises:
+      ConfigError: an option that is unknown or out of range, or a model that can't be run.
+      CheckpointError: files that are missing or damaged.
+    """
+
+    def __init__(self, model: str | os.PathLike | None = None, **options: Any):
+        model_config, engine_config = _split_options(model, options)
+        _use_compilation_cache(engine_config.compilation_cache_dir)
+        self.model_config = model_config
+        self.engine = AphroditeEngine(model_config, engine_config)
+        self._request_numbers = itertools.count()
+
+    @property
+    def tokenizer(self):
+        """The model's tokenizer (transformers)."""
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: OnError = "return",
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers to prompts, in their order.
+
+        Args:
+          prompts: one or a list of: text; a dict with ``prompt`` or ``prompt_token_ids`` and, for media,
+            ``multi_modal_data``, such as ``{"image": pil_image}``.
+          sampling_params: for all, or one for each prompt; the default is greedy to 16 tokens' length.
+          on_error: "return" puts a bad request's error into ``.error`` of its output; "raise" raises the first.
+          use_tqdm: draw a progress bar on stderr.
+
+        Raises:
+          RequestError: a bad request, with ``on_error="raise"``; requests that run are aborted.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _params_per_prompt(sampling_params, len(prompts))
+        _check_on_error(on_error)
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        numbers: dict[str, int] = {}
+        upcoming = iter(enumerate(zip(prompts, params, strict=True)))
+        window = 2 * self.engine.engine_config.max_num_seqs  # more would only hold their pixels in memory
+        try:
+            with tqdm(total=len(prompts), desc="requests", disable=not use_tqdm) as bar:
+                while True:
+                    for number, (prompt, param) in itertools.islice(upcoming, window - len(numbers)):
+                        request_id = self._next_request_id()
+                        error = self._add(request_id, prompt, param)
+                        if error is None:
+                            numbers[request_id] = number
+                            continue
+                        if on_error == "raise":
+                            raise error
+                        outputs[number] = _failed(request_id, prompt, error)
+                        bar.update()
+                    if not numbers:
+                        if None not in outputs:
+                            break
+                        continue  # all of this window failed
+                    for output in self.engine.step():
+                        if output.finished:
+                            outputs[numbers.pop(output.request_id)] = output
+                            bar.update()
+        finally:
+            for request_id in numbers:
+                self.engine.abort_request(request_id)
+        return outputs
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: OnError = "return",
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers to conversations in the form of OpenAI's chat messages.
+
+        ``content`` is text or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image_url",
+        "image_url": {"url": "data:..." or "file:..."}}``, ``{"type": "image", "image": pil_image}``. The model's chat
+        template renders them; each image stands where its part stands.
+
+        Args and Raises: as `generate`.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        _check_on_error(on_error)
+        prompts = []
+        for conversation in conversations:
+            try:
+                prompts.append(self.render_chat(conversation))
+            except RequestError as error:
+                if on_error == "raise":
+                    raise
+                prompts.append(error)
+        return self._generate_rendered(prompts, sampling_params, on_error=on_error, use_tqdm=use_tqdm)
+
+    def render_chat(self, messages: Messages) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation.
+
+        Raises:
+          RequestError: messages of the wrong form, or media that can't be opened.
+        """
+        return render_chat(messages, self.tokenizer, self.model_config)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """The answer to one prompt as it grows; the last output is finished.
+
+        Raises:
+          RequestError: the prompt can't be served.
+        """
+        request_id = self._next_request_id()
+        self.engine.add_request(request_id, prompt, sampling_params)
+        try:
+            while self.engine.has_unfinished_requests():
+                yield from (output for output in self.engine.step() if output.request_id == request_id)
+        finally:
+            self.engine.abort_request(request_id)
+
+    def describe(self) -> str:
+        """The model, and where its device's memory goes, as a short table."""
+        runner = self.engine.runner
+        return (
+            f"{self.model_config.model} on {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+            f"{runner.num_pages} KV pages of {runner.page_size} tokens\n{runner.memory_budget()}"
+        )
+
+    def _generate_rendered(self, prompts, sampling_params, *, on_error, use_tqdm) -> list[RequestOutput]:
+        """`generate` for a list in which errors stand in the places of prompts that could not be rendered."""
+        params = _params_per_prompt(sampling_params, len(prompts))
+        good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, Exception)]
+        answered = self.generate(
+            [prompts[i] for i in good], [params[i] for i in good], on_error=on_error, use_tqdm=use_tqdm
+        )
+        outputs = [
+            _failed(self._next_request_id(), None, prompt) if isinstance(prompt, Exception) else None
+            for prompt in prompts
+        ]
+        for i, output in zip(good, answered, strict=True):
+            outputs[i] = output
+        return outputs
+
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RequestError | None:
+        try:
+            self.engine.add_request(request_id, prompt, params)
+        except RequestError as error:
+            return error
+        return None
+
+    def _next_request_id(self) -> str:
+        return f"request-{next(self._request_numbers)}"
+
+
+def _split_options(model, options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig]:
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {"model"}
+    of_engine = {field.name for field in dataclasses.fields(EngineConfig)}
+    unknown = sorted(set(options) - of_model - of_engine)
+    if unknown:
+        raise ConfigError(
+            f"unknown option {', '.join(map(repr, unknown))}; there are {', '.join(sorted(of_model | of_engine))}"
+        )
+    return (
+        ModelConfig(model=model, **{name: value for name, value in options.items() if name in of_model}),
+        EngineConfig(**{name: value for name, value in options.items() if name in of_engine}),
+    )
+
+
+def _params_per_prompt(params, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams(temperature=0.0)
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    params = list(params)
+    if len(params) != count:
+        raise ConfigError(f"{count} prompts came with {len(params)} sampling_params: give one, or one for each")
+    return params
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("return", "raise"):
+        raise ConfigError(f"on_error must be 'return' or 'raise', got {on_error!r}")
+
+
+def _failed(request_id: str, prompt, error: Exception) -> RequestOutput:
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return RequestOutput(
+        request_id=request_id, prompt=text if isinstance(text, str) else None, finished=True, error=error
+    )
+
+
+def _use_compilation_cache(directory: str | None) -> None:
+    """Keep compiled programs in ``directory``, unless JAX was told of one already."""
+    if directory is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    path = Path(directory).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
