@@ -10,11 +10,13 @@
     │   ├── MediaError                       an item that can't be opened, is too large, or is of no known kind
     │   ├── TooManyItemsError                more items than ``limit_mm_per_prompt``
     │   └── PlaceholderError                 placeholders and items do not match
+    ├── BatchError             (RuntimeError) a batch job whose input or output can't be used
     └── RecompilationError     (RuntimeError) a program compiled after warm-up where that is forbidden
 """
 
 __all__ = [
     "AphroditeError",
+    "BatchError",
     "CheckpointError",
     "ConfigError",
     "MediaError",
@@ -66,6 +68,10 @@ class TooManyItemsError(RequestError):
 
 class PlaceholderError(RequestError):
     """Placeholders in the prompt and media items do not match."""
+
+
+class BatchError(AphroditeError, RuntimeError):
+    """A batch job whose input can't be read, or whose output can't be written or is not its own."""
 
 
 class RecompilationError(AphroditeError, RuntimeError):

@@ -185,8 +185,9 @@ def old_form(config: dict) -> dict:
         if name == "rope_parameters":
             old["rope_theta"] = value["rope_theta"]
             scaling = {key: v for key, v in value.items() if key != "rope_theta"}
-            if scaling.get("rope_type", "default") != "default":
-                old["rope_scaling"] = scaling
+            if scaling.get("rope_type") in ("linear", "dynamic", "yarn", "longrope"):
+                scaling["type"] = scaling.pop("rope_type")  # the key before Llama 3's kind came
+            old["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
         else:
             old[renamed.get(name, name)] = old_form(value) if isinstance(value, dict) else value
     return old

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
-from aphrodite_jax.modeling.models.interfaces import MaskSpec, supports_multimodal
+from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
 from kernels_pallas import intervals
 from kernels_pallas.intervals import RowIntervals
@@ -54,8 +53,6 @@ class PromptPreparer:
         self._rows_per_item = rows_per_item
         self._max_tokens = max_tokens
         self._max_media_rows = max_media_rows
-        model_cls = resolve_architecture(model_config.hf_config.architectures)
-        self._multimodal = supports_multimodal(model_cls)
 
     def __call__(self, prompt: Prompt) -> PreparedPrompt:
         """The prepared prompt.
@@ -74,12 +71,7 @@ class PromptPreparer:
 
     def _prepare(self, prompt: Prompt) -> PreparedPrompt:
         inputs = self._tokenize(prompt)
-        if inputs.multi_modal_data and not self._multimodal:
-            raise RequestError(
-                f"the model takes text alone, the prompt comes with {', '.join(inputs.multi_modal_data)}"
-            )
-        if self._multimodal:
-            inputs = self._process(inputs)
+        inputs = INPUT_REGISTRY.process_input(self._model_config, inputs)
         token_ids = self._check_tokens(inputs.prompt_token_ids)
         return PreparedPrompt(
             text=inputs.prompt,
@@ -112,15 +104,6 @@ class PromptPreparer:
             multi_modal_data=dict(prompt.get("multi_modal_data") or {}),
         )
 
-    def _process(self, inputs: LLMInputs) -> LLMInputs:
-        items = MULTIMODAL_REGISTRY.split_items(self._model_config, inputs.multi_modal_data)
-        inputs = LLMInputs(
-            prompt_token_ids=inputs.prompt_token_ids,
-            prompt=inputs.prompt,
-            multi_modal_data={modality: parts for modality, parts in items.items() if len(parts)},
-        )
-        return INPUT_REGISTRY.process_input(self._model_config, inputs)
-
     def _check_tokens(self, token_ids: Sequence[int]) -> np.ndarray:
         if len(token_ids) == 0:
             raise RequestError("the prompt is empty: it has no tokens")
@@ -137,12 +120,7 @@ class PromptPreparer:
     def _map(self, inputs: LLMInputs) -> tuple[MediaItem, ...]:
         media = []
         for modality, items in inputs.multi_modal_data.items():
-            ranges = inputs.placeholders.get(modality, ())
-            if len(ranges) != len(items):
-                raise PlaceholderError(
-                    f"{len(items)} {modality} items, but the input processor placed {len(ranges)}"
-                )
-            for item, placeholder in zip(items, ranges, strict=True):
+            for item, placeholder in zip(items, inputs.placeholders[modality], strict=True):
                 media.append(self._map_item(modality, item, placeholder))
         total = sum(item.placeholder.length for item in media)
         if total > self._max_media_rows:

@@ -25,7 +25,13 @@ from aphrodite_jax.executor.model_runner import ModelRunner
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.outputs import RequestOutput
-from aphrodite_jax.sampling import SampledTokens, SamplingRow, build_sampling_batch, is_plain_greedy
+from aphrodite_jax.sampling import (
+    SampledTokens,
+    SamplingRow,
+    build_sampling_batch,
+    check_sampling_params,
+    is_plain_greedy,
+)
 from aphrodite_jax.sampling_params import SamplingParams
 
 __all__ = ["AphroditeEngine"]
@@ -107,7 +113,9 @@ class AphroditeEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         params = sampling_params or SamplingParams()
-        self._check_params(params)
+        check_sampling_params(
+            params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids)
+        )
         number, self._num_requests = self._num_requests, self._num_requests + 1
         prepared = self._prepare(prompt)
         sequences = tuple(
@@ -228,16 +236,12 @@ class AphroditeEngine:
         return self.runner.sample(logits, batch)
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        params = sequence.params
-        ends = () if params.ignore_eos else self.end_token_ids
         return SamplingRow(
-            params=params,
+            params=sequence.params,
             seed=sequence.seed,
             prompt_token_ids=sequence.prompt.token_ids,
             output_token_ids=sequence.output_ids,
-            banned_token_ids=(*ends, *params.stop_token_ids)
-            if len(sequence.output_ids) < params.min_tokens
-            else (),
+            end_token_ids=() if sequence.params.ignore_eos else tuple(self.end_token_ids),
         )
 
     def _take_token(self, sequence: Sequence, sampled: SampledTokens, row: int) -> None:
@@ -286,15 +290,6 @@ class AphroditeEngine:
         self.scheduler.finish(sequence)
 
     # Checks and sizes.
-
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab_size = self.runner.vocab_size
-        ids = [*params.stop_token_ids, *(token for token, _ in params.logit_bias)]
-        outside = [token for token in ids if not 0 <= token < vocab_size]
-        if outside:
-            raise RequestError(
-                f"stop_token_ids and logit_bias name tokens from 0 to {vocab_size - 1}, got {outside[0]}"
-            )
 
     def _prefill_tokens(self) -> int:
         asked = self.engine_config.max_num_batched_tokens

@@ -16,8 +16,6 @@ __all__ = ["media_examples", "media_tokens_per_prompt"]
 
 def media_tokens_per_prompt(model_config: ModelConfig) -> int:
     """Rows that the media of one prompt at its limits take; 0 for a text model."""
-    if not supports_multimodal(resolve_architecture(model_config.hf_config.architectures)):
-        return 0
     return MULTIMODAL_REGISTRY.get_max_multimodal_tokens(model_config)
 
 
@@ -35,13 +33,12 @@ def media_examples(
     dummy = INPUT_REGISTRY.dummy_data_for_profiling(
         model_config, model_config.context_length, MULTIMODAL_REGISTRY
     )
-    items = MULTIMODAL_REGISTRY.split_items(model_config, dummy.multi_modal_data)
     processed = INPUT_REGISTRY.process_input(
-        model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=items)
+        model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=dummy.multi_modal_data)
     )
     bounds = MULTIMODAL_REGISTRY.max_tokens_per_item(model_config)
     examples = {}
-    for modality, parts in items.items():
+    for modality, parts in processed.multi_modal_data.items():
         for item, placeholder in zip(parts, processed.placeholders[modality], strict=True):
             mm_kwargs = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
             mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}

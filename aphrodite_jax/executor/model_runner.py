@@ -28,7 +28,7 @@ from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.sampling import (
     SampledTokens,
     SamplingBatch,
-    empty_sampling_batch,
+    build_sampling_batch,
     prompt_logprobs,
     sample,
     sample_greedy,
@@ -260,8 +260,8 @@ class ModelRunner:
         return self._build([row], num_tokens, requests, 1 if decode else TILE_SIZE)[0]
 
     def _dummy_sampling(self, rows: int) -> SamplingBatch:
-        return empty_sampling_batch(
-            num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length
+        return build_sampling_batch(
+            [], num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length
         )
 
     def _logit_rows(self) -> tuple[int, ...]:

@@ -2,15 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
-import transformers
-
-from aphrodite_jax.config import ModelConfig
-
-__all__ = ["DummyData", "InputContext", "LLMInputs", "PlaceholderRange"]
-
-ConfigT = TypeVar("ConfigT", bound=transformers.PretrainedConfig)
+__all__ = ["DummyData", "LLMInputs", "PlaceholderRange"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +23,13 @@ class PlaceholderRange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMInputs:
-    """A tokenized prompt with its media.
+    """A tokenized prompt with its media. Its mappings are read-only copies of those given.
 
     Attributes:
       prompt_token_ids: token ids; after processing, with one token per row of encoded media.
       prompt: the text they came from, if there was one.
-      multi_modal_data: modality to its items, as the user gave them.
+      multi_modal_data: modality to its items: as the user gave them, or, for an input processor, a tuple of
+        opened items.
       placeholders: modality to the ranges of its items, in the order of the items.
     """
 
@@ -42,28 +38,16 @@ class LLMInputs:
     multi_modal_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     placeholders: Mapping[str, tuple[PlaceholderRange, ...]] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        ranges = {modality: tuple(found) for modality, found in self.placeholders.items()}
+        object.__setattr__(self, "prompt_token_ids", tuple(map(int, self.prompt_token_ids)))
+        object.__setattr__(self, "multi_modal_data", MappingProxyType(dict(self.multi_modal_data)))
+        object.__setattr__(self, "placeholders", MappingProxyType(ranges))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DummyData:
-    """A prompt of the largest legal size, for profiling."""
+    """A prompt of the largest legal size, for profiling: as a user would give it, before processing."""
 
     prompt_token_ids: tuple[int, ...]
     multi_modal_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class InputContext:
-    """What a model's input functions may know."""
-
-    model_config: ModelConfig
-
-    def get_hf_config(self, hf_config_type: type[ConfigT] = transformers.PretrainedConfig) -> ConfigT:
-        """The Hugging Face config, checked to be of ``hf_config_type``.
-
-        Raises:
-          TypeError: it is of another type.
-        """
-        config = self.model_config.hf_config
-        if not isinstance(config, hf_config_type):
-            raise TypeError(f"expected a {hf_config_type.__name__}, the model has a {type(config).__name__}")
-        return config

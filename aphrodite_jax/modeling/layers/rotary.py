@@ -1,7 +1,8 @@
 """Rotary position embeddings and every scaling of them that Llama-like configs name.
 
 RoPE: https://arxiv.org/abs/2104.09864. Scalings must equal ``transformers.modeling_rope_utils``: linear,
-dynamic NTK, YaRN (https://arxiv.org/abs/2309.00071), LongRoPE (https://arxiv.org/abs/2402.13753) and Llama 3's.
+dynamic NTK, YaRN (https://arxiv.org/abs/2309.00071), LongRoPE (https://arxiv.org/abs/2402.13753), Llama 3's and
+the proportional one, which turns a part of each head.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ def rotary_table(
     if kind not in _SCALINGS:
         raise ConfigError(f"rope_type {kind!r} is not supported; there are {', '.join(sorted(_SCALINGS))}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    # The proportional kind spreads its frequencies over the whole head, though only a part of it turns.
+    turning = 1.0 if kind == "proportional" else parameters.get("partial_rotary_factor", 1.0)
+    dim = int(head_dim * turning)
     frequencies, attention_factor = _SCALINGS[kind](config, parameters, dim, lengths)
     angles = positions[:, None].astype(jnp.float32) * jnp.atleast_2d(jnp.asarray(frequencies, jnp.float32))
     factor = jnp.float32(attention_factor)
@@ -131,6 +134,14 @@ def _llama3(config, parameters, dim, lengths):
     return ((1 - kept) / parameters["factor"] + kept) * frequencies, 1.0
 
 
+def _proportional(config, parameters, dim, lengths):
+    """The first pairs turn as fast as in a whole head; the others stand still."""
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+    frequencies = _frequencies(parameters["rope_theta"], dim)
+    frequencies[turning:] = 0
+    return frequencies / np.float32(parameters.get("factor", 1.0)), 1.0
+
+
 def _frequencies(base: float, dim: int) -> np.ndarray:
     return (1.0 / base ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
 
@@ -142,4 +153,5 @@ _SCALINGS = {
     "yarn": _yarn,
     "longrope": _longrope,
     "llama3": _llama3,
+    "proportional": _proportional,
 }

@@ -1,0 +1,140 @@
+"""The answers file: locked by one run, grown by whole lines, valid whatever happens.
+
+Every line goes to the system in one piece when it is ready, so a killed process loses none that it wrote; the
+disk is asked to keep them once a second, so a power failure loses little more. If the disk refuses, the file
+is cut back to its last whole line.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from aphrodite_jax.errors import BatchError
+
+__all__ = ["OutputFile", "open_output", "replace_file"]
+
+SYNC_SECONDS = 1.0
+"""Longest time between a write and the `fsync` that follows it, while lines keep coming."""
+
+
+class OutputFile:
+    """An open and locked file that ends, up to ``size`` bytes, with a whole line.
+
+    ``created`` tells whether opening it made it.
+    """
+
+    def __init__(self, fd: int, path: str, *, created: bool):
+        self.path, self.created = path, created
+        self.size = os.fstat(fd).st_size
+        self._fd = fd
+        self._synced_size = self.size
+        self._synced_at = time.monotonic()
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines that are there, the last one perhaps without its end."""
+        with open(self.path, "rb") as file:
+            yield from file
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to its first ``size`` bytes."""
+        os.ftruncate(self._fd, size)
+        self.size = self._synced_size = size
+
+    def append(self, data: bytes) -> None:
+        """Write whole lines.
+
+        Raises:
+          BatchError: the system refused; the file ends where it ended before.
+        """
+        try:
+            _write_all(self._fd, data, self.size)
+        except OSError as error:
+            self.truncate(self.size)
+            raise _refused(self.path, error) from error
+        self.size += len(data)
+
+    def sync_if_due(self) -> None:
+        """`sync` if something was written and the last one is a while ago; as it raises."""
+        if self.size != self._synced_size and time.monotonic() - self._synced_at > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have the disk keep what was written.
+
+        Raises:
+          BatchError: the disk could not; the file ends where it ended at the last sync.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            self.truncate(self._synced_size)
+            raise _refused(self.path, error) from error
+        self._synced_size, self._synced_at = self.size, time.monotonic()
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[OutputFile]:
+    """Open or create ``path`` for one run alone.
+
+    Raises:
+      BatchError: it can't be written, is no regular file, or another run holds it.
+    """
+    created = not os.path.exists(path)
+    try:
+        # O_NONBLOCK: opening a pipe that nobody reads is refused instead of waited for.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise BatchError(f"the output {path!r} is no regular file, so a run could not be taken up again")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BatchError(
+                f"another run is writing {path!r}; wait for it or give another output"
+            ) from error
+        except OSError as error:
+            raise _refused(path, error) from error
+        yield OutputFile(fd, path, created=created)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Put ``data`` at ``path`` in one step: a reader sees the old file or the new one, whole.
+
+    Raises:
+      BatchError: it can't be written; what was at ``path`` stays.
+    """
+    partial = f"{path}.partial"
+    try:
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _refused(path: str, error: OSError) -> BatchError:
+    return BatchError(
+        f"can't write {path!r}: {error.strerror}; mend that, or give another output. Lines that are in the "
+        "output are whole, and the same job goes on after them"
+    )

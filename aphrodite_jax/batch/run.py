@@ -1,0 +1,176 @@
+"""Requests through the engine, answers to the output in the order of the input.
+
+A program computes a row of its batch to the last bit as before only if the batch has the same shape, and the
+shape depends on what else runs. So lines go to the engine in groups that are cut by their place in the input
+alone, and each group starts with an idle engine. A run that takes up a job runs the group again in which the
+earlier one ended, and leaves out the lines that are written: the steps, and so the answers, are those of an
+undisturbed run.
+"""
+
+import collections
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tqdm
+
+from aphrodite_jax.batch.answers import OutputLine, answer_line, refusal_line
+from aphrodite_jax.batch.job import BatchReport, Job, open_job
+from aphrodite_jax.batch.lines import Line, read_lines
+from aphrodite_jax.batch.refusal import Refusal, refusal_of
+from aphrodite_jax.batch.requests import BatchRequest, custom_id_of, decode_line, parse_request
+from aphrodite_jax.errors import BatchError
+from aphrodite_jax.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from aphrodite_jax.llm import LLM
+
+__all__ = ["answer_job", "run_batch"]
+
+GROUP_ROUNDS = 8
+"""Lines of a group for each request that runs at a time: more keep the engine fuller, fewer run again."""
+
+
+def run_batch(
+    llm: "LLM",
+    input_path: str | Path,
+    output_path: str | Path,
+    *,
+    max_tokens: int | None = None,
+    served_model_names: tuple[str, ...] = (),
+    show_progress: bool = True,
+) -> BatchReport:
+    """Answer an OpenAI batch file, or what an earlier run of the same job left unanswered.
+
+    Each line gets one line in the output, in the same order: its answer, or the error of that line alone. A
+    run that is stopped at any moment and started again, with the same options on the same machine, ends with
+    the same bytes as one that is not. Arguments as for `open_job`.
+
+    Raises:
+      BatchError: the input, or the output, can't be used (see `open_job`), or the disk is full; what is in
+        the output stays, and the same call goes on from there.
+    """
+    with open_job(
+        input_path,
+        output_path,
+        model_config=llm.model_config,
+        max_tokens=max_tokens,
+        served_model_names=served_model_names,
+    ) as job:
+        return answer_job(llm, job, show_progress=show_progress)
+
+
+def answer_job(llm: "LLM", job: Job, *, show_progress: bool = True) -> BatchReport:
+    """Answer the rest of an open job.
+
+    Requests go to the engine as others finish, twice as many as it runs at a time, in the order of the input.
+
+    Raises:
+      BatchError: the output can't be written, or the engine has other requests.
+    """
+    if llm.engine.has_unfinished_requests():
+        raise BatchError("the engine has other requests; finish or abort them before a batch")
+    num_written = len(job.resumed_ids)
+    size = GROUP_ROUNDS * llm.engine.engine_config.max_num_seqs
+    start = num_written // size * size  # the group in which the earlier run ended
+    custom_ids = set(job.resumed_ids[:start])
+    lines = itertools.islice(read_lines(job.input_path), start, None)
+    bar = tqdm.tqdm(
+        total=job.summary.num_lines,
+        initial=num_written,
+        unit="line",
+        file=sys.stderr,
+        disable=not show_progress,
+        # A bar that is not looked at, but kept in a log, says less.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
+    with bar:
+        for first in range(start, job.summary.num_lines, size):
+            group = _Group(llm, job, custom_ids)
+            skip = max(0, num_written - first)
+            for output_lines in group.run(itertools.islice(lines, size)):
+                new = output_lines[skip:]
+                skip = max(0, skip - len(output_lines))
+                if new:
+                    job.append(new)
+                    bar.update(len(new))
+                job.output.sync_if_due()
+    job.output.sync()
+    return job.report()
+
+
+class _Group:
+    """Lines that run from an idle engine to an idle engine.
+
+    ``turn`` holds the numbers of the lines that were taken and not yet given out, first to last; ``ready`` the
+    output lines of some of them.
+    """
+
+    def __init__(self, llm: "LLM", job: Job, custom_ids: set[str | None]):
+        self.llm, self.job, self.custom_ids = llm, job, custom_ids
+        self.in_flight: dict[str, tuple[int, BatchRequest]] = {}
+        self.turn: collections.deque[int] = collections.deque()
+        self.ready: dict[int, OutputLine] = {}
+
+    def run(self, lines: Iterator[Line]) -> Iterator[list[OutputLine]]:
+        """The output lines of ``lines``, in their order, as they are ready."""
+        engine = self.llm.engine
+        engine.reset_encoder_cache()
+        window = 2 * engine.engine_config.max_num_seqs
+        try:
+            while True:
+                taken = list(itertools.islice(lines, window - len(self.in_flight)))
+                for line in taken:
+                    self.take(line)
+                yield self.finished()
+                if self.in_flight:
+                    self.collect(engine.step())
+                elif not taken:
+                    return
+        finally:
+            for request_id in self.in_flight:
+                engine.abort_request(request_id)
+
+    def take(self, line: Line) -> None:
+        """Start one line, or make its error its output."""
+        custom_id, request_id = None, f"batch-{line.number}"
+        self.turn.append(line.number)
+        try:
+            value = decode_line(line)
+            custom_id = custom_id_of(value)
+            if custom_id in self.custom_ids:
+                raise Refusal(
+                    "custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id"
+                )
+            self.custom_ids.add(custom_id)
+            request = parse_request(value, self.job.defaults)
+            prompt = self.llm.render_chat(request.source) if request.kind == "chat" else _prompt(request.source)
+            self.llm.engine.add_request(request_id, prompt, request.sampling_params)
+        except Exception as error:  # what a line's content brings about is that line's error, and written
+            self.ready[line.number] = refusal_line(line.number, custom_id, refusal_of(error))
+        else:
+            self.in_flight[request_id] = (line.number, request)
+
+    def collect(self, outputs: Iterable[RequestOutput]) -> None:
+        """Make output lines of the requests that are finished."""
+        for output in outputs:
+            if output.finished:
+                number, request = self.in_flight.pop(output.request_id)
+                self.ready[number] = (
+                    answer_line(number, request, output)
+                    if output.error is None
+                    else refusal_line(number, request.custom_id, refusal_of(output.error))
+                )
+
+    def finished(self) -> list[OutputLine]:
+        """The ready lines that no unfinished one stands before; each is given out once."""
+        lines = []
+        while self.turn and self.turn[0] in self.ready:
+            lines.append(self.ready.pop(self.turn.popleft()))
+        return lines
+
+
+def _prompt(source: str | list[int]) -> dict[str, Any]:
+    return {"prompt": source} if isinstance(source, str) else {"prompt_token_ids": source}

@@ -1,0 +1,217 @@
+"""Conversations to prompts: the model's chat template, with each media part tied to its placeholder.
+
+What a user typed stays text: a part that holds the text of a special token, ``<image>`` say, gets the tokens
+of its letters, and no picture can go missing, since texts and placeholders are counted after rendering.
+"""
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import transformers
+
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.errors import RequestError
+from aphrodite_jax.multimodal.context import model_class
+
+__all__ = ["render_chat"]
+
+Messages = Sequence[Mapping[str, Any]]
+MEDIA_KEYS = {"image_url": "image", "image": "image", "video": "video", "audio": "audio"}
+
+
+def render_chat(
+    messages: Messages, tokenizer: transformers.PreTrainedTokenizerBase, model_config: ModelConfig
+) -> dict[str, Any]:
+    """The prompt that the chat template makes of a conversation.
+
+    Args:
+      messages: ``{"role": ..., "content": ...}``, where content is text or a list of parts:
+        ``{"type": "text", "text": ...}``, ``{"type": "image_url", "image_url": {"url": "data:..." or "file:..."}}``,
+        ``{"type": "image", "image": anything that opens}``, and the like for ``video`` and ``audio``.
+
+    Returns:
+      A prompt dict with ``prompt``, ``prompt_token_ids`` and ``multi_modal_data``.
+
+    Raises:
+      RequestError: messages of another form, a template that fails or drops a part, or media for a text model.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError(
+            f"{model_config.tokenizer!r} has no chat template; use generate() with a prompt in the model's own form"
+        )
+    model_cls = model_class(model_config)
+    shield = _Shield(tokenizer, model_cls)
+    conversation, media = _read_messages(messages, shield)
+    placeholders = _placeholders(model_cls, media)
+    # Templates of multimodal models take lists of parts, those of text models strings; some take either.
+    forms = (_with_parts, _with_strings) if hasattr(model_cls, "placeholder_str") else (_with_strings,)
+    problems = []
+    for form in forms:
+        try:
+            text = tokenizer.apply_chat_template(
+                form(conversation, placeholders), tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        problem = _what_is_missing(text, conversation, placeholders)
+        if problem is None:
+            return {
+                "prompt": shield.restore(text),
+                "prompt_token_ids": shield.tokenize(text, multimodal=len(forms) > 1),
+                "multi_modal_data": media,
+            }
+        problems.append(problem)
+    raise RequestError(f"the chat template of {model_config.tokenizer!r} can't render this: {'; '.join(problems)}")
+
+
+# Reading messages: the conversation as (role, [text or (modality,)]) with shielded texts, and its media.
+
+Part = str | tuple[str]
+
+
+def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[str, list[Part]]], dict[str, list]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages are a non-empty list of {'role': ..., 'content': ...}")
+    conversation, media = [], {}
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"a message is a dict with 'role' and 'content', got {_short(message)}")
+        if unknown := sorted(set(message) - {"role", "content"}):
+            raise RequestError(f"a message has 'role' and 'content', got {', '.join(map(repr, unknown))} too")
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence):
+            raise RequestError(f"the content of a message is text or a list of parts, got {_short(content)}")
+        conversation.append((message["role"], [_read_part(part, shield, media) for part in content]))
+    return conversation, media
+
+
+def _read_part(part: Any, shield: "_Shield", media: dict[str, list]) -> Part:
+    if not isinstance(part, Mapping):
+        raise RequestError(f"a part of a message is a dict with 'type', got {_short(part)}")
+    kind = part.get("type")
+    if kind != "text" and kind not in MEDIA_KEYS:
+        raise RequestError(f"a part's type is one of text, {', '.join(MEDIA_KEYS)}; got {_short(kind)}")
+    if set(part) != {"type", kind}:
+        raise RequestError(f"a part of type {kind!r} has the keys 'type' and {kind!r}, got {_short(sorted(part))}")
+    value = part[kind]
+    if kind == "text":
+        if not isinstance(value, str):
+            raise RequestError(f"the text of a part is a string, got {_short(value)}")
+        return shield.protect(value)
+    if kind == "image_url":
+        value = _image_url(value)
+    media.setdefault(MEDIA_KEYS[kind], []).append(value)
+    return (MEDIA_KEYS[kind],)
+
+
+def _image_url(value: Any) -> str:
+    value = {"url": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or not isinstance(value.get("url"), str):
+        raise RequestError(f"image_url is {{'url': 'data:...' or 'file:...'}}, got {_short(value)}")
+    if unknown := sorted(set(value) - {"url", "detail"}):
+        raise RequestError(f"image_url has no {', '.join(map(repr, unknown))}")
+    if value.get("detail", "auto") != "auto":
+        raise RequestError(f"image_url: only detail 'auto' is known, got {_short(value['detail'])}")
+    return value["url"]
+
+
+def _placeholders(model_cls: type, media: Mapping[str, list]) -> dict[str, list[str]]:
+    """The text of each item's placeholder, by modality."""
+    if media and not hasattr(model_cls, "placeholder_str"):
+        if getattr(model_cls, "supports_multimodal", False):
+            raise RequestError(f"{model_cls.__name__} has no placeholder_str method, so chat can't place media")
+        raise RequestError(f"{model_cls.__name__} takes text alone, the messages come with {', '.join(media)}")
+    return {
+        modality: [model_cls.placeholder_str(modality, index) for index in range(1, len(items) + 1)]
+        for modality, items in media.items()
+    }
+
+
+# The two forms that templates take.
+
+
+def _with_parts(conversation, placeholders) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part[0]} for part in parts
+            ],
+        }
+        for role, parts in conversation
+    ]
+
+
+def _with_strings(conversation, placeholders) -> list[dict[str, Any]]:
+    left = {modality: iter(texts) for modality, texts in placeholders.items()}
+    return [
+        {
+            "role": role,
+            "content": "\n".join(part if isinstance(part, str) else next(left[part[0]]) for part in parts),
+        }
+        for role, parts in conversation
+    ]
+
+
+def _what_is_missing(text: str, conversation, placeholders: Mapping[str, list[str]]) -> str | None:
+    for _, parts in conversation:
+        for part in parts:
+            if isinstance(part, str) and part.strip() not in text:
+                return f"it drops the text {_short(part)}"
+    for modality, wanted in placeholders.items():
+        for placeholder in set(wanted):
+            if text.count(placeholder) != wanted.count(placeholder):
+                return f"it has {text.count(placeholder)} {placeholder} for {len(wanted)} {modality} items"
+    return None
+
+
+class _Shield:
+    """Keeps what a user typed from being read as special tokens, through template and tokenizer."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, model_cls: type):
+        self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_vocab()
+        literals = sorted(filter(None, self._added), key=len, reverse=True)
+        self._literal = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+        self._mark = uuid.uuid4().hex
+        self._marked = re.compile(f"\ue000{self._mark}:(\\d+)\ue001")
+        self._kept: list[str] = []
+
+    def protect(self, text: str) -> str:
+        """``text`` with a mark in place of each special token's text."""
+        return self._literal.sub(self._put, text)
+
+    def _put(self, match: re.Match) -> str:
+        self._kept.append(match[0])
+        return f"\ue000{self._mark}:{len(self._kept) - 1}\ue001"
+
+    def restore(self, text: str) -> str:
+        """Rendered text as the user would read it."""
+        return self._marked.sub(lambda match: self._kept[int(match[1])], text)
+
+    def tokenize(self, text: str, *, multimodal: bool) -> tuple[int, ...]:
+        """Tokens of rendered text; special tokens are added as Hugging Face does after its template.
+
+        There, a processor adds those of the tokenizer unless the text begins with one; a tokenizer adds none.
+        """
+        bos = self._tokenizer.bos_token
+        special = multimodal and not (bos and text.startswith(bos))
+        pieces = self._marked.split(text)  # text, number, text, number, ..., text
+        ids = list(self._tokenizer(pieces[0], add_special_tokens=special)["input_ids"])
+        for number, following in zip(pieces[1::2], pieces[2::2], strict=True):
+            literal = self._kept[int(number)]
+            for letters in (literal[:1], literal[1:], following):
+                if letters:
+                    ids += self._tokenizer(letters, add_special_tokens=False)["input_ids"]
+        return tuple(ids)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

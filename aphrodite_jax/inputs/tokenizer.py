@@ -1,0 +1,42 @@
+"""The checkpoint's Hugging Face tokenizer."""
+
+import json
+from pathlib import Path
+
+import transformers
+from transformers.utils import cached_file
+
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.errors import ConfigError
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(model_config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of ``model_config.tokenizer``, with the chat template of the checkpoint.
+
+    Raises:
+      ConfigError: there is none, or its files can't be read.
+    """
+    name = model_config.tokenizer
+    revision = model_config.revision if name == model_config.model else None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = _legacy_chat_template(name, revision)
+        return tokenizer
+    except Exception as error:  # damaged files come as errors of many types, a bare Exception among them
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"can't load a tokenizer from {name!r}: {type(error).__name__}: {reason[:400]}. Give its directory or hub "
+            "id with tokenizer="
+        ) from error
+
+
+def _legacy_chat_template(name: str, revision: str | None) -> str | None:
+    """The template of ``chat_template.json``, where processors kept theirs before ``chat_template.jinja``."""
+    try:
+        path = cached_file(name, "chat_template.json", revision=revision)
+    except OSError:  # the file is optional
+        return None
+    return json.loads(Path(path).read_text("utf-8"))["chat_template"] if path else None

@@ -1,0 +1,72 @@
+"""One token a request: the general program, and the cheap one for plain greedy requests.
+
+The order is that of vLLM (docs of `SamplingParams`): bias and bans, penalties, temperature, min-p, top-k,
+top-p, draw.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from aphrodite_jax.sampling.batch import MIN_TEMPERATURE, AnyArray, SamplingBatch
+from aphrodite_jax.sampling.candidates import keep_candidates
+from aphrodite_jax.sampling.logits import apply_bias, apply_penalties, scale
+from aphrodite_jax.sampling.logprobs import token_logprobs
+
+__all__ = ["SampledTokens", "sample", "sample_greedy"]
+
+
+class SampledTokens(NamedTuple):
+    """The tokens taken, and what `TokenLogprobs` tells of them."""
+
+    token_ids: Int[Array, " R"]
+    logprobs: Float[Array, " R"]
+    ranks: Int[Array, " R"]
+    top_ids: Int[Array, "R k"]
+    top_logprobs: Float[Array, "R k"]
+
+
+def sample(logits: Float[Array, "R V"], batch: SamplingBatch, *, num_logprobs: int) -> SampledTokens:
+    """Take each row's next token by its own options.
+
+    A row's token depends on its logits and options alone: not on the other rows, its place, or R. Greedy rows
+    take the likeliest token, of equals the lowest id. Where everything is banned, token 0.
+
+    Args:
+      logits: float32, finite or -inf.
+      num_logprobs: static; k of the result is this or V, if that is smaller.
+    """
+    processed = apply_penalties(apply_bias(logits, batch), batch)
+    greedy_ids = _argmax(processed)
+    is_random = batch.temperature >= MIN_TEMPERATURE
+    token_ids = jax.lax.cond(
+        is_random.any(),
+        lambda: jnp.where(is_random, _draw(processed, batch), greedy_ids),
+        lambda: greedy_ids,
+    )
+    return SampledTokens(token_ids, *token_logprobs(logits, token_ids, num_logprobs=num_logprobs))
+
+
+def sample_greedy(logits: Float[Array, "R V"]) -> SampledTokens:
+    """Each row's likeliest token, for rows that are all `is_plain_greedy`; k is 0."""
+    token_ids = _argmax(logits)
+    return SampledTokens(token_ids, *token_logprobs(logits, token_ids, num_logprobs=0))
+
+
+def _draw(logits: Float[Array, "R V"], batch: SamplingBatch) -> Int[Array, " R"]:
+    """A draw from the candidates' softmax by the Gumbel-max trick (https://arxiv.org/abs/1411.0030)."""
+    candidates = keep_candidates(scale(logits, batch.temperature), batch)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(batch.seed, batch.step, logits.shape[1])
+    return _argmax(candidates + noise)
+
+
+def _gumbel(seed: AnyArray, step: AnyArray, vocab_size: int) -> Float[Array, " V"]:
+    # The generator is named: with another one set as JAX's default, vmap would change a row's numbers.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+
+def _argmax(values: Float[Array, "R V"]) -> Int[Array, " R"]:
+    return jnp.argmax(values, axis=1).astype(jnp.int32)

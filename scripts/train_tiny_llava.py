@@ -1,0 +1,314 @@
+"""Train the small LLaVA-1.5 that ships with the package, in JAX, on two CPU cores.
+
+    python scripts/train_tiny_llava.py --minutes 60 --output aphrodite_jax/assets/tiny_llava
+
+Needs the extra ``test`` (easy-vqa and scikit-learn bring the data). The run saves itself every minute under
+``--run``; started again after any kind of end, it goes on from there (``--fresh`` begins anew). The learning rate
+follows the share of ``--minutes`` that is spent, so that a slow machine takes fewer steps and not longer.
+
+First the vision tower learns alone, from what each picture is (a fifth of the time); then all of the model learns
+to answer. What is saved is a running mean of the weights. Pictures are split in `tiny_llava_data`; the test
+splits are not read here.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny_llava_data as data
+import tiny_llava_files as files
+from flax import nnx
+
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata
+from aphrodite_jax.modeling.loader import save_pretrained
+from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
+from kernels_pallas.intervals import RowIntervals, causal
+
+TOWER_SHARE = 0.2  # of the time, in which the tower learns alone
+PEAK_RATE = 1e-3
+WARM_UP = 200  # steps
+DIGIT_SHARE = 0.35
+SAVE_SECONDS = 60
+AUXILIARY = 0.2  # weight of the tower's own loss once answers are learnt
+CLASSES = {"color": len(data.COLORS), "shape": len(data.SHAPES), "digit": 10}
+# Kinds of batches: share, sequences, pictures in each, tokens, turns at most.
+BATCHES = {
+    "talk": (0.55, 32, 1, 128, 8),
+    "question": (0.30, 40, 1, 96, 2),
+    "two pictures": (0.10, 16, 2, 208, 4),
+    "no picture": (0.05, 32, 0, 48, 3),
+}
+
+
+# --- the objective -----------------------------------------------------------------------------------------------
+
+
+def encode(model, pixels):
+    """Projected rows ``[B, pictures, rows, D]`` of pixels ``[B, pictures, 3, 64, 64]``."""
+    rows = model.embed_multimodal(pixel_values=pixels.reshape(-1, *pixels.shape[2:]))["image"]
+    return rows.reshape(*pixels.shape[:2], *rows.shape[1:])
+
+
+def answer_logits(model, ids, rows):
+    """Logits ``[B, T, V]`` for token ids ``[B, T]`` and, where there are pictures, their rows."""
+    length = ids.shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)
+    metadata = AttentionMetadata(intervals={"full": RowIntervals(*map(jnp.asarray, causal(length)))})
+
+    def one(ids, rows):
+        embeds = None if rows is None else rows
+        hidden, _ = model(ids, positions, None, metadata, image_embeds=embeds)
+        return model.compute_logits(hidden)
+
+    return jax.vmap(one)(ids, rows)
+
+
+def tower_loss(heads, rows, labels):
+    """Cross entropy of linear probes on the mean row of each picture; a label of -1 is unknown."""
+    mean, total = rows.mean(axis=(1, 2)), 0.0
+    for name, head in heads.items():
+        known = labels[name] >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(mean @ head, jnp.maximum(labels[name], 0))
+        total += jnp.sum(jnp.where(known, losses, 0)) / len(known)
+    return total
+
+
+def answer_loss(model, ids, said, rows):
+    """Mean cross entropy of the tokens that the model has to say."""
+    logits = answer_logits(model, ids, rows)[:, :-1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+    return jnp.sum(jnp.where(said[:, 1:], losses, 0)) / jnp.sum(said[:, 1:])
+
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW without its learning rate, which each step is given."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.98),
+        optax.add_decayed_weights(0.05, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+    )
+
+
+def make_steps(graph):
+    """The two jitted functions of the run: a training step, and the greedy choice at each position."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, batch, rate, decay):
+        def loss(trained):
+            model = nnx.merge(graph, trained["model"])
+            rows = encode(model, batch["pixels"]) if "pixels" in batch else None
+            total = 0.0
+            if "labels" in batch:
+                total += (AUXILIARY if "ids" in batch else 1.0) * tower_loss(trained["heads"], rows, batch["labels"])
+            if "ids" in batch:
+                total += answer_loss(model, batch["ids"], batch["said"], rows)
+            return total
+
+        value, gradient = jax.value_and_grad(loss)(state["trained"])
+        updates, adam = optimizer().update(gradient, state["adam"], state["trained"])
+        trained = jax.tree.map(lambda p, u: p - rate * u, state["trained"], updates)
+        mean = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state["mean"], trained["model"])
+        return {"trained": trained, "adam": adam, "mean": mean}, value
+
+    @jax.jit
+    def choose(params, ids, pixels):
+        model = nnx.merge(graph, params)
+        return answer_logits(model, ids, encode(model, pixels)).argmax(axis=-1)
+
+    return step, choose
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Random batches; the one of a step depends on the seed and the step's number alone."""
+
+    def __init__(self, encoder: data.Encoder, seed: int):
+        self.encoder, self.seed = encoder, seed
+        self.shapes, self.digits = data.load_shapes("train"), data.load_digits("train")
+        self.known_shapes = [p for p in self.shapes if p.color and p.shape]
+
+    def tower(self, number: int) -> dict:
+        """Pictures and what they are."""
+        rng = np.random.default_rng((self.seed, number))
+        pictures = [[self._picture(rng, self.shapes)] for _ in range(64)]
+        return _pixels_and_labels(pictures, rng)
+
+    def answers(self, number: int) -> dict:
+        """Conversations of one kind about pictures of any."""
+        rng = np.random.default_rng((self.seed, number))
+        kinds = list(BATCHES.values())
+        _, size, per_sequence, length, most = kinds[int(rng.choice(len(kinds), p=[kind[0] for kind in kinds]))]
+        source = self.shapes if per_sequence == 1 else self.known_shapes
+        pictures = [[self._picture(rng, source) for _ in range(per_sequence)] for _ in range(size)]
+        talks = [
+            data.conversation(self.encoder, group, length, rng, turns=most if most > 4 else int(rng.integers(most)) + 1)
+            for group in pictures
+        ]
+        ids, said = data.batch_arrays(self.encoder, talks, length)
+        batch = {"ids": ids, "said": said}
+        return batch | _pixels_and_labels(pictures, rng) if per_sequence else batch
+
+    def _picture(self, rng, shapes) -> data.Picture:
+        source = self.digits if rng.random() < DIGIT_SHARE else shapes
+        return source[int(rng.integers(len(source)))]
+
+
+def _pixels_and_labels(pictures, rng) -> dict:
+    pixels = np.stack([np.stack([data.augment(p, rng) for p in group]) for group in pictures])
+    batch = {"pixels": data.normalize(pixels)}
+    if len(pictures[0]) == 1:
+        first = [group[0] for group in pictures]
+        labels = {
+            "color": [data.COLORS.index(p.color) if p.color else -1 for p in first],
+            "shape": [data.SHAPES.index(p.shape) if p.shape else -1 for p in first],
+            "digit": [-1 if p.digit is None else p.digit for p in first],
+        }
+        batch["labels"] = {name: np.array(values, np.int32) for name, values in labels.items()}
+    return batch
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def exact_match(choose, params, encoder: data.Encoder, pixels, asked, size: int = 64, length: int = 96) -> float:
+    """Share of ``(picture's index, question, answer)`` that are answered right, word for word and to the end.
+
+    A greedy answer equals the true one exactly where each true token is the first choice after those before it.
+    """
+    talks = [encoder.sequence([("<image>\n" + question, answer)]) for _, question, answer in asked]
+    ids, said = data.batch_arrays(encoder, talks, length)
+    right = 0
+    for start in range(0, len(asked), size):
+        rows = np.minimum(np.arange(start, start + size), len(asked) - 1)
+        images = data.normalize(pixels[[asked[row][0] for row in rows]])[:, None]
+        hits = (np.asarray(choose(params, ids[rows], images))[:, :-1] == ids[rows, 1:]) | ~said[rows, 1:]
+        right += int(hits.all(axis=1)[: len(asked) - start].sum())
+    return right / len(asked)
+
+
+def validate(choose, params, encoder: data.Encoder) -> dict[str, float]:
+    """Exact match on the validation pictures: the data set's questions, digits both ways, descriptions."""
+    shapes, digits = data.load_shapes("validation"), data.load_digits("validation")
+    shape_pixels = np.stack([data.plain(p) for p in shapes])
+    digit_pixels = np.stack([data.plain(p, inverted=i) for i in (False, True) for p in digits])
+    questions = [(i, q, a) for i, p in enumerate(shapes) for q, a in p.asked]
+    described = [(i, "describe the picture", data.describe(p)) for i, p in enumerate(shapes) if p.color and p.shape]
+    read = [(i, "which digit is this?", str(p.digit)) for i, p in enumerate(digits * 2)]
+    match = partial(exact_match, choose, params, encoder)
+    return {
+        "easy-vqa": match(shape_pixels, questions),
+        "descriptions": match(shape_pixels, described),
+        "digits": match(digit_pixels, read),
+    }
+
+
+# --- the run -----------------------------------------------------------------------------------------------------
+
+
+def save_run(path: Path, state, progress: dict) -> None:
+    """Write the run's state so that a kill at any moment leaves the old file or the new one."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, progress=json.dumps(progress), **{str(i): leaf for i, leaf in enumerate(leaves)})
+    os.replace(temporary, path)
+
+
+def load_run(path: Path, state) -> tuple[dict, dict]:
+    """The state and progress in ``path``; ``state`` gives the structure."""
+    leaves, structure = jax.tree.flatten(state)
+    with np.load(path) as stored:
+        found = [stored[str(i)] for i in range(len(stored.files) - 1)]
+        progress = json.loads(str(stored["progress"]))
+    if [x.shape for x in found] != [x.shape for x in leaves]:
+        raise SystemExit(f"{path} is of a model of another size; begin anew with --fresh, or give another --run")
+    return jax.tree.unflatten(structure, [jnp.asarray(x) for x in found]), progress
+
+
+def learning_rate(spent: float, step: int) -> float:
+    """The rate after the share ``spent`` of the time: flat for the tower alone, then a cosine to zero."""
+    warm = min(1.0, (step + 1) / WARM_UP)
+    if spent < TOWER_SHARE:
+        return PEAK_RATE * warm
+    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * (spent - TOWER_SHARE) / (1 - TOWER_SHARE)))
+
+
+def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: float):
+    """Train to the end of ``minutes``; returns the model with the mean weights, its config, and the tokenizer."""
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer = files.train_tokenizer()
+    encoder, config = files.make_encoder(tokenizer), files.make_config(tokenizer)
+    model = LlavaForConditionalGeneration(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model)
+    heads = {name: jnp.zeros((config.text_config.hidden_size, n)) for name, n in CLASSES.items()}
+    trained = {"model": params, "heads": heads}
+    state = {"trained": trained, "adam": optimizer().init(trained), "mean": jax.tree.map(jnp.copy, params)}
+    progress = {"step": 0, "seconds": 0.0, "validated": 0.0}
+    checkpoint = run / "checkpoint.npz"
+    if checkpoint.exists() and not fresh:
+        state, progress = load_run(checkpoint, state)
+        print(f"going on from step {progress['step']}, {progress['seconds'] / 60:.1f} minutes", flush=True)
+    print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters", flush=True)
+
+    step, choose = make_steps(graph)
+    batches = Batches(encoder, seed)
+    base, began, saved, losses = progress["seconds"], time.monotonic(), time.monotonic(), []
+    pending = None
+    while (spent := progress["seconds"] / (60 * minutes)) < 1:
+        number = progress["step"]
+        alone = spent < TOWER_SHARE
+        batch = batches.tower(number) if alone else batches.answers(number)
+        if pending is not None:
+            losses.append(float(pending))  # waits: the batch above was made while the step ran
+        decay = min(0.998, (number + 1) / (number + 10))
+        state, pending = step(state, batch, learning_rate(spent, number), decay)
+        progress |= {"step": number + 1, "seconds": base + time.monotonic() - began}
+        if len(losses) == 50:
+            print(
+                f"step {number + 1}  {progress['seconds'] / 60:.1f} min  {'tower' if alone else 'answers'}"
+                f"  loss {np.mean(losses):.4f}",
+                flush=True,
+            )
+            losses.clear()
+        if not alone and progress["seconds"] - progress["validated"] > 60 * validate_every:
+            scores = validate(choose, state["mean"], encoder)
+            print("validation", "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
+            progress["seconds"] = progress["validated"] = base + time.monotonic() - began
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save_run(checkpoint, state, progress)
+            saved = time.monotonic()
+    save_run(checkpoint, state, progress)
+    scores = validate(choose, state["mean"], encoder)
+    print("validation", "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), "at the end", flush=True)
+    return nnx.merge(graph, state["mean"]), config, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60, help="time to train in all, over all starts")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny_llava"), help="where the run saves itself")
+    parser.add_argument("--output", type=Path, help="where the model goes; <run>/model by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="begin anew even where a run could go on")
+    parser.add_argument("--validate-every", type=float, default=5, metavar="MINUTES")
+    args = parser.parse_args()
+    model, config, tokenizer = train(args.minutes, args.run, args.seed, args.fresh, args.validate_every)
+    output = args.output or args.run / "model"
+    output.mkdir(parents=True, exist_ok=True)
+    save_pretrained(model, config, output)
+    files.write_processor_files(tokenizer, output)
+    print(f"saved in {output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

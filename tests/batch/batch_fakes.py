@@ -1,0 +1,123 @@
+"""An LLM without a model: answers depend on the prompt and the seed alone, and come out of order."""
+
+import collections
+import json
+import time
+import zlib
+from pathlib import Path
+
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.errors import MediaError, PromptTooLongError
+from aphrodite_jax.outputs import CompletionOutput, Logprob, RequestOutput
+
+CONTEXT_LENGTH = 64
+
+
+class FakeTokenizer:
+    """A chat template that writes roles and texts, and one token a character."""
+
+    chat_template = "fake"
+
+    def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=True, **_):
+        assert not tokenize
+        lines = []
+        for message in messages:
+            parts = message["content"]
+            text = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
+            lines.append(f"{message['role']}: {text}")
+        return "\n".join([*lines, "assistant:"] if add_generation_prompt else lines)
+
+
+class FakeEngine:
+    """Runs ``max_num_seqs`` requests at a time; one takes 1 to 9 steps, as its prompt's checksum says."""
+
+    def __init__(self, max_num_seqs: int, step_seconds: float):
+        self.max_num_seqs, self.step_seconds = max_num_seqs, step_seconds
+        self.waiting, self.running = collections.deque(), {}
+        self.most_at_once = 0
+        self.num_steps = 0
+
+    def add_request(self, request_id, prompt, sampling_params):
+        prompt = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        text = prompt.get("prompt") or str(prompt["prompt_token_ids"])
+        if "broken image" in text:
+            raise MediaError(f"the image can't be opened: {object()}")
+        if "bug" in text:
+            raise KeyError("a mapper of a model author")
+        self.waiting.append((request_id, text, sampling_params))
+        self.most_at_once = max(self.most_at_once, len(self.waiting) + len(self.running))
+
+    def step(self):
+        time.sleep(self.step_seconds)
+        self.num_steps += 1
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            request_id, text, params = self.waiting.popleft()
+            self.running[request_id] = [zlib.crc32(text.encode()) % 9 + 1, text, params]
+        outputs = []
+        for request_id, state in list(self.running.items()):
+            state[0] -= 1
+            if state[0] == 0:
+                del self.running[request_id]
+            outputs.append(_output(request_id, state[1], state[2], finished=state[0] == 0))
+        return outputs
+
+    def abort_request(self, request_id):
+        self.running.pop(request_id, None)
+        self.waiting = collections.deque(entry for entry in self.waiting if entry[0] != request_id)
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting or self.running)
+
+
+class FakeLLM:
+    def __init__(self, directory: Path, *, max_num_seqs: int = 4, step_seconds: float = 0.0, seed: int = 0):
+        directory.mkdir(exist_ok=True)
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        config["max_position_embeddings"] = CONTEXT_LENGTH
+        (directory / "config.json").write_text(json.dumps(config))
+        self.model_config = ModelConfig(model=str(directory), seed=seed)
+        self.tokenizer = FakeTokenizer()
+        self.engine = FakeEngine(max_num_seqs, step_seconds)
+
+
+def _output(request_id, text, params, *, finished):
+    if finished and "too long" in text:
+        error = PromptTooLongError("the prompt has 99 tokens")
+        return RequestOutput(request_id=request_id, prompt=text, finished=True, error=error)
+    answer = f"{zlib.crc32(f'{text}{params.seed}'.encode()):08x}{'é' * (params.max_tokens == 7)}"
+    if not finished:
+        half = CompletionOutput(index=0, text=answer[:4], token_ids=(1,))
+        return RequestOutput(request_id=request_id, prompt=text, prompt_token_ids=(1, 2), outputs=(half,))
+    logprobs = None
+    if params.logprobs is not None:
+        token = {
+            1: Logprob(logprob=-0.5, rank=2, decoded_token="é"),
+            2: Logprob(logprob=-0.25, rank=1, decoded_token="b"),
+        }
+        logprobs = (token, {2: Logprob(logprob=float("-inf"), rank=9, decoded_token="\ufffd"), **{}})
+    answers = tuple(
+        CompletionOutput(index=index, text=answer, token_ids=(1, 2), finish_reason="stop", logprobs=logprobs)
+        for index in range(params.n)
+    )
+    return RequestOutput(
+        request_id=request_id, prompt=text, prompt_token_ids=(1, 2, 3), outputs=answers, finished=True
+    )
+
+
+def chat_line(custom_id, text="hello", **options):
+    body = {"messages": [{"role": "user", "content": text}], **options}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def completion_line(custom_id, prompt="hello", **options):
+    body = {"prompt": prompt, **options}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def write_requests(path: Path, lines) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def read_answers(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,185 @@
+"""A whole job with an LLM that needs no model: what comes out, in which order, with how much in flight."""
+
+import json
+import tracemalloc
+
+import pytest
+from batch_fakes import FakeLLM, chat_line, completion_line, read_answers, write_requests
+
+from aphrodite_jax.batch import BatchReport, run_batch
+from aphrodite_jax.batch.run import LINES_AHEAD
+from aphrodite_jax.errors import BatchError
+
+
+@pytest.fixture
+def llm(tmp_path):
+    return FakeLLM(tmp_path / "model")
+
+
+def run(llm, tmp_path, lines, **options):
+    requests = write_requests(tmp_path / "requests.jsonl", lines)
+    return run_batch(llm, requests, tmp_path / "answers.jsonl", show_progress=False, **options)
+
+
+def test_answers_have_the_format_of_the_api(llm, tmp_path):
+    report = run(llm, tmp_path, [completion_line("one", "p", n=2), chat_line("two", "q", max_tokens=7)])
+    assert report == BatchReport(num_lines=2, num_answered=2, num_failed=0, num_resumed=0)
+    one, two = read_answers(tmp_path / "answers.jsonl")
+    assert one["error"] is None
+    assert (one["id"], one["custom_id"]) == ("batch_req_000000001", "one")
+    assert one["response"]["status_code"] == 200
+    body = one["response"]["body"]
+    assert (body["object"], body["model"]) == ("text_completion", "model")
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0].keys() == {"index", "text", "logprobs", "finish_reason"}
+    body = two["response"]["body"]
+    assert body["object"] == "chat.completion"
+    choice = body["choices"][0]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"].endswith("é")
+    assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
+
+
+def test_logprobs_have_the_format_of_the_api(llm, tmp_path):
+    run(llm, tmp_path, [chat_line("a", logprobs=True, top_logprobs=1), chat_line("b", logprobs=True)])
+    (first, second), (alone, _) = (
+        line["response"]["body"]["choices"][0]["logprobs"]["content"]
+        for line in read_answers(tmp_path / "answers.jsonl")
+    )
+    best = {"token": "b", "logprob": -0.25, "bytes": [98]}
+    assert first == {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": [best]}
+    assert second == {"token": "\ufffd", "logprob": -9999.0, "bytes": None, "top_logprobs": []}
+    assert alone["top_logprobs"] == []
+
+
+def test_answers_stand_in_the_order_of_the_input(llm, tmp_path):
+    run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(100)], max_in_flight=5)
+    answers = read_answers(tmp_path / "answers.jsonl")
+    assert [line["custom_id"] for line in answers] == [f"r{i}" for i in range(100)]
+    assert len({line["response"]["body"]["choices"][0]["text"] for line in answers}) == 100
+
+
+def test_answers_do_not_depend_on_what_runs_at_the_same_time(tmp_path):
+    lines = [chat_line(f"r{i}", f"p{i}", temperature=1) for i in range(20)]
+    for name, max_num_seqs, in_flight in (("one", 1, 1), ("four", 4, 32)):
+        llm = FakeLLM(tmp_path / "model", max_num_seqs=max_num_seqs)
+        requests = write_requests(tmp_path / "requests.jsonl", lines)
+        run_batch(llm, requests, tmp_path / name, max_in_flight=in_flight, show_progress=False)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "four").read_bytes()
+
+
+def test_requests_are_refilled_as_others_finish(tmp_path):
+    llm = FakeLLM(tmp_path / "model", max_num_seqs=4)
+    run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(200)], max_in_flight=8)
+    assert llm.engine.most_at_once == 8
+    # 200 requests of 5 steps on average in 4 places: chunk by chunk it would take 9 steps for each 4.
+    assert llm.engine.num_steps < 300
+
+
+def test_a_bad_line_gets_its_own_error_and_leaves_the_others_alone(llm, tmp_path):
+    lines = [
+        completion_line("good"),
+        "not json",
+        "",
+        {"method": "POST", "url": "/v1/completions", "body": {"prompt": "no id"}},
+        completion_line("good"),
+        {**completion_line("url"), "url": "/v1/nothing"},
+        completion_line("image", "broken image"),
+        completion_line("late", "too long"),
+        completion_line("bug", "bug"),
+        completion_line("option", frequency=1),
+        completion_line("last"),
+        "[1, 2",
+    ]
+    report = run(llm, tmp_path, lines)
+    assert report == BatchReport(num_lines=11, num_answered=2, num_failed=9, num_resumed=0)
+    answers = read_answers(tmp_path / "answers.jsonl")
+    found = [
+        (
+            line["id"][-2:],
+            line["custom_id"],
+            line["error"] and line["error"]["code"],
+            line["response"]["status_code"],
+        )
+        for line in answers
+    ]
+    assert found == [
+        ("01", "good", None, 200),
+        ("02", None, "invalid_json", 400),
+        ("04", None, "missing_custom_id", 400),
+        ("05", "good", "duplicate_custom_id", 400),
+        ("06", "url", "invalid_url", 404),
+        ("07", "image", "invalid_media", 400),
+        ("08", "late", "context_length_exceeded", 400),
+        ("09", "bug", "internal_error", 500),
+        ("10", "option", "unknown_option", 400),
+        ("11", "last", None, 200),
+        ("12", None, "invalid_json", 400),
+    ]
+    broken = answers[5]["response"]["body"]["error"]
+    assert broken["message"] == "the image can't be opened: <object object>"  # no address, which would differ
+    assert broken["type"] == "invalid_request_error"
+    assert answers[7]["response"]["body"]["error"]["type"] == "server_error"
+
+
+def test_an_empty_input_has_an_empty_output(llm, tmp_path):
+    assert run(llm, tmp_path, ["", " "]).num_lines == 0
+    assert (tmp_path / "answers.jsonl").read_bytes() == b""
+
+
+def test_strange_ids_and_texts_survive(llm, tmp_path):
+    names = ["\ud800", "\u2028", "日本", 'a"b', "x" * 10_000, "NaN"]
+    run(llm, tmp_path, [json.dumps(completion_line(name)) for name in names])
+    assert [line["custom_id"] for line in read_answers(tmp_path / "answers.jsonl")] == names
+
+
+def test_lines_behind_a_slow_one_do_not_pile_up(tmp_path):
+    class StuckEngine(FakeLLM(tmp_path / "model").engine.__class__):
+        """Never finishes the first request, and stops the test when that has gone on for long."""
+
+        def step(self):
+            if self.num_steps == 1000:
+                raise KeyboardInterrupt
+            held = self.running.get("batch-1")
+            if held:
+                held[0] += 1
+            return super().step()
+
+    llm = FakeLLM(tmp_path / "model")
+    llm.engine = StuckEngine(4, 0.0)
+    added = []
+    add_request = llm.engine.add_request
+    llm.engine.add_request = lambda name, *rest: (added.append(name), add_request(name, *rest))
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(500)], max_in_flight=4)
+    assert len(added) == 4 * LINES_AHEAD
+    assert not llm.engine.has_unfinished_requests()
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_memory_does_not_grow_with_the_input(llm, tmp_path):
+    peaks = []
+    for count in (200, 2000):
+        lines = [completion_line(f"r{i}", f"p{i}" + "x" * 2000) for i in range(count)]
+        requests = write_requests(tmp_path / f"{count}.jsonl", lines)
+        del lines
+        tracemalloc.start()
+        run_batch(llm, requests, tmp_path / f"{count}.out", max_in_flight=4, show_progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 200_000  # 1,800 more lines are 4 MB of input and 0.6 MB of output
+
+
+def test_the_engine_must_be_free(llm, tmp_path):
+    llm.engine.waiting.append(("other", "p", None))
+    with pytest.raises(BatchError, match="other requests"):
+        run(llm, tmp_path, [completion_line("a")])
+
+
+def test_progress_goes_to_stderr(llm, tmp_path, capsys):
+    requests = write_requests(tmp_path / "requests.jsonl", [completion_line("a")])
+    run_batch(llm, requests, tmp_path / "answers.jsonl")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1/1" in captured.err

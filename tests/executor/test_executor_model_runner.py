@@ -1,0 +1,112 @@
+"""The runner's paged, ragged, padded programs give what one plain call of the model gives."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from flax import nnx
+
+from aphrodite_jax.config import EngineConfig, ModelConfig
+from aphrodite_jax.errors import ConfigError, RecompilationError
+from aphrodite_jax.executor.batch import Rows
+from aphrodite_jax.executor.model_runner import ModelRunner
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata
+from aphrodite_jax.modeling.models.mistral import MistralForCausalLM
+from kernels_pallas.intervals import RowIntervals, causal
+
+CONFIG = transformers.MistralConfig(
+    architectures=["MistralForCausalLM"], vocab_size=96, hidden_size=32, intermediate_size=64,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+    sliding_window=20,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MistralForCausalLM(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def runner(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mistral")
+    CONFIG.save_pretrained(directory)
+    engine_config = EngineConfig(
+        max_num_seqs=4, page_size=8, max_num_batched_tokens=64, on_recompile="raise", show_progress=False
+    )
+    runner = ModelRunner(
+        model, ModelConfig(model=directory), engine_config, media_budget=0, max_num_batched_tokens=64
+    )
+    runner.warm_up([], show_progress=False)
+    return runner
+
+
+def plain_logits(model, tokens):
+    metadata = AttentionMetadata(intervals={"full": causal(len(tokens), window=CONFIG.sliding_window)})
+    hidden, _ = model(jnp.asarray(tokens), jnp.arange(len(tokens)), None, metadata)
+    return np.asarray(model.compute_logits(hidden))
+
+
+def rows(tokens, begin, end, pages):
+    whole = causal(len(tokens), window=CONFIG.sliding_window)
+    return Rows(
+        token_ids=tokens[begin:end],
+        start=begin,
+        prompt_length=len(tokens),
+        intervals={"full": RowIntervals(whole.start[begin:end], whole.stop[begin:end])},
+        pages=np.asarray(pages, np.int32),
+    )
+
+
+def test_ragged_prefill_then_decode_equals_one_plain_call(model, runner):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 96, n).astype(np.int32) for n in (37, 9))
+    pages_a, pages_b = [7, 2, 9, 4, 11], [3, 5]
+    logits, _, offsets = runner.forward(
+        [rows(a, 0, 20, pages_a), rows(b, 0, 8, pages_b)], decode=False
+    )
+    assert offsets.tolist() == [0, 32]
+    np.testing.assert_allclose(logits[1], plain_logits(model, b)[7], atol=1e-5)
+    logits, hidden, offsets = runner.forward([rows(a, 20, 36, pages_a)], decode=False)
+    np.testing.assert_allclose(logits[0], plain_logits(model, a)[35], atol=1e-5)
+    logits, _, _ = runner.forward([rows(a, 36, 37, pages_a), rows(b, 8, 9, pages_b)], decode=True)
+    np.testing.assert_allclose(logits[0], plain_logits(model, a)[36], atol=1e-5)
+    np.testing.assert_allclose(logits[1], plain_logits(model, b)[8], atol=1e-5)
+    assert runner.programs.late_compiles == 0
+
+
+def test_a_shape_outside_the_buckets_is_an_error_after_warm_up(runner):
+    with pytest.raises(RecompilationError, match="sample_greedy"):
+        runner.sample(jnp.zeros((3, 96)), None)
+
+
+def test_prompt_logprobs_are_log_softmax_of_the_plain_logits(model, runner):
+    tokens = np.arange(30, dtype=np.int32)
+    _, hidden, _ = runner.forward([rows(tokens, 0, 30, [1, 2, 3, 4])], decode=False)
+    result = runner.prompt_logprobs(hidden[np.arange(29)], tokens[1:])
+    logits = plain_logits(model, tokens)[:29].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(result.logprobs, expected[np.arange(29), tokens[1:]], atol=1e-5)
+    np.testing.assert_array_equal(result.ranks, 1 + (expected > expected[np.arange(29), tokens[1:]][:, None]).sum(1))
+
+
+def test_the_memory_table_counts_what_is_allocated(runner, model):
+    budget = runner.memory_budget()
+    assert budget.weights == sum(x.nbytes for x in jnp_leaves(model))
+    assert budget.kv_pages == runner.num_pages * 8 * 2 * 2 * 8 * 4 * 2  # page, k and v, heads, head_dim, bytes, layers
+    assert budget.forward > 0
+    assert "KV pages" in str(budget)
+
+
+def jnp_leaves(model):
+    import jax
+
+    return jax.tree.leaves(nnx.state(model))
+
+
+def test_a_cache_too_small_for_one_request_is_refused_with_the_numbers(model, tmp_path):
+    CONFIG.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"one request of max_model_len 128 needs .* MiB"):
+        ModelRunner(
+            model, ModelConfig(model=tmp_path), EngineConfig(kv_cache_memory="4KiB"), media_budget=0,
+            max_num_batched_tokens=64,
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""The stored answers of Hugging Face's models, as `scripts/make_goldens.py` writes them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoldenPrompt:
+    """One prompt and what the reference made of it.
+
+    Attributes:
+      prompt: token ids with one placeholder an image.
+      input_ids: token ids ``[T]`` with one placeholder a row of an image.
+      images: ``[n, h, w, 3]`` uint8.
+      logits: ``[T, V]`` float32, of the prefill.
+      tokens: the greedy answer.
+    """
+
+    prompt: np.ndarray
+    input_ids: np.ndarray
+    images: np.ndarray
+    logits: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def continued(self) -> np.ndarray:
+        """``input_ids`` and the answer but for its last token: the rows that chose all of the answer."""
+        return np.concatenate([self.input_ids, self.tokens[:-1]])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Golden:
+    """One model by its config and the seed of its weights, and its prompts."""
+
+    name: str
+    config: dict
+    seed: int
+    prompts: tuple[GoldenPrompt, ...]
+
+    def write_checkpoint(self, directory: Path, *, config: dict | None = None, **options) -> Path:
+        """The model's directory; ``options`` as `checkpoints.write_checkpoint` has them."""
+        return checkpoints.write_checkpoint(directory, config or self.config, self.seed, **options)
+
+
+def golden_names() -> list[str]:
+    """Every golden that is stored."""
+    return sorted(file.stem for file in GOLDENS.glob("*.npz"))
+
+
+def read_golden(name: str) -> Golden:
+    """The golden called ``name``."""
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        stored = dict(file)
+    fields = [field.name for field in dataclasses.fields(GoldenPrompt)]
+    count = sum(key.endswith(".logits") for key in stored)
+    return Golden(
+        name=name,
+        config=json.loads(str(stored["config"])),
+        seed=int(stored["seed"]),
+        prompts=tuple(
+            GoldenPrompt(**{field: stored[f"{index}.{field}"] for field in fields}) for index in range(count)
+        ),
+    )

@@ -1,0 +1,158 @@
+"""Our models against stored answers of Hugging Face's: logits, greedy tokens, layouts and forms of files."""
+
+import itertools
+
+import checkpoints
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_files import golden_names, read_golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata
+from aphrodite_jax.modeling.loader import load_model
+from kernels_pallas.intervals import causal
+
+TOLERANCE = 2e-4
+"""Largest absolute difference of float32 logits; the reference's greedy choices are clear by 50 times that."""
+
+
+def load(directory):
+    model_config = ModelConfig(model=directory, dtype="float32")
+    return load_model(model_config), model_config.hf_config
+
+
+def metadata(model, config, length, *, prompt_length=None):
+    """All rows of one prompt and its answer; a row of the answer knows the tokens up to its own alone."""
+    specs = type(model).mask_specs(config)
+    lengths = None if prompt_length is None else jnp.maximum(jnp.arange(length) + 1, prompt_length)
+    return AttentionMetadata(
+        intervals={kind: causal(length, window=spec.window) for kind, spec in specs.items()}, lengths=lengths
+    )
+
+
+def logits(model, input_ids, attn_metadata, pixels):
+    hidden, _ = model(jnp.asarray(input_ids), jnp.arange(len(input_ids)), None, attn_metadata, **pixels)
+    return model.compute_logits(hidden)
+
+
+def pixels_of(prompt):
+    return {"pixel_values": checkpoints.pixel_values(prompt.images)} if len(prompt.images) else {}
+
+
+def run(model, *args):
+    graphdef, params = nnx.split(model)
+    return np.asarray(jax.jit(lambda params, *args: logits(nnx.merge(graphdef, params), *args))(params, *args))
+
+
+def check_prefill(model, config, prompt):
+    """The prompt alone, as a caller without an engine has it."""
+    ids = prompt.input_ids
+    actual = run(model, ids, metadata(model, config, len(ids)), pixels_of(prompt))
+    np.testing.assert_allclose(actual, prompt.logits, rtol=0, atol=TOLERANCE)
+
+
+def check_greedy(model, config, prompt):
+    """Every step of greedy decoding in one call.
+
+    Row by row: while the tokens so far are the reference's, the row that the next one is chosen from is this one.
+    """
+    ids, length = prompt.continued, len(prompt.input_ids)
+    actual = run(model, ids, metadata(model, config, len(ids), prompt_length=length), pixels_of(prompt))
+    np.testing.assert_allclose(actual[:length], prompt.logits, rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(actual[length - 1 :].argmax(-1), prompt.tokens)
+    assert len(prompt.tokens) == 32
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_logits_and_greedy_tokens_are_the_reference_s(tmp_path, name):
+    golden = read_golden(name)
+    model, config = load(golden.write_checkpoint(tmp_path))
+    for prompt in golden.prompts:
+        check_greedy(model, config, prompt)
+
+
+FORMS = {"config of v5": lambda config: config, "config before v5": checkpoints.old_form}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
+def test_every_layout_and_form_gives_the_same_answers(tmp_path, layout, form):
+    golden = read_golden("llava_clip_mistral")
+    directory = golden.write_checkpoint(tmp_path, config=FORMS[form](golden.config), layout=layout)
+    model, config = load(directory)
+    check_prefill(model, config, golden.prompts[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["llava_siglip_qwen2", "llava_clip_qwen2_tied", "llava_clip_llama_tied_above", "llava_clip_layers"]
+)
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
+def test_every_layout_and_form_fills_the_same_parameters(tmp_path, name, layout):
+    golden = read_golden(name)
+    hub, _ = load(golden.write_checkpoint(tmp_path / "hub"))
+    old = checkpoints.old_form(golden.config)
+    other, _ = load(golden.write_checkpoint(tmp_path / "other", config=old, layout=layout, shards=3))
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(hub)))
+
+
+@pytest.mark.parametrize("name", [name for name in golden_names() if name.startswith("llama_")])
+def test_old_configs_mean_the_same_rope_scalings_and_biases(tmp_path, name):
+    golden = read_golden(name)
+    model, config = load(golden.write_checkpoint(tmp_path, config=checkpoints.old_form(golden.config)))
+    check_prefill(model, config, golden.prompts[-1])
+
+
+def test_the_goldens_cover_what_is_promised():
+    goldens = {name: read_golden(name) for name in golden_names()}
+    kinds = {golden.config["rope_parameters"]["rope_type"] for golden in goldens.values() if "rope_parameters" in golden.config}
+    assert kinds == {"default", *ROPE_INIT_FUNCTIONS}
+    for tower, text in itertools.product(("clip", "siglip"), ("llama", "mistral", "qwen2")):
+        golden = goldens[f"llava_{tower}_{text}"]
+        assert golden.config["vision_config"]["model_type"] == f"{tower}_vision_model"
+        assert golden.config["text_config"]["model_type"] == text
+        assert [len(prompt.images) for prompt in golden.prompts] == [0, 1, 3]
+        window = golden.config["text_config"].get("sliding_window")
+        assert (window is not None) == (text == "mistral")
+        assert window is None or window < min(len(prompt.input_ids) for prompt in golden.prompts)
+
+
+@pytest.fixture(scope="module", params=["llava_clip_mistral", "llava_siglip_qwen2"])
+def multimodal(request, tmp_path_factory):
+    golden = read_golden(request.param)
+    model, config = load(golden.write_checkpoint(tmp_path_factory.mktemp(request.param)))
+    graphdef, params = nnx.split(model)
+    [_, prompt, _] = golden.prompts
+    single = jax.jit(
+        lambda params, ids, pixel_values: logits(
+            nnx.merge(graphdef, params), ids, metadata(model, config, len(ids)), {"pixel_values": pixel_values}
+        )
+    )
+    encode = jax.jit(lambda params, pixel_values: nnx.merge(graphdef, params).embed_multimodal(pixel_values))
+    return prompt.input_ids, params, single, jax.jit(jax.vmap(single, (None, 0, 0))), encode
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds=st.lists(st.integers(0, 2**31), min_size=3, max_size=3))
+def test_batched_is_single(multimodal, seeds):
+    """Prompts with an image each, mapped over as a batch and one by one; and images in one call of the tower."""
+    template, params, single, batched, encode = multimodal
+    ids = np.stack([_other_text(template, seed) for seed in seeds])
+    pixel_values = np.stack([checkpoints.pixel_values(checkpoints.images(1, seed)) for seed in seeds])
+    together = batched(params, ids, pixel_values)
+    apart = jnp.stack([single(params, *one) for one in zip(ids, pixel_values, strict=True)])
+    chex.assert_trees_all_close(together, apart, rtol=0, atol=2e-5)
+    images = encode(params, pixel_values[:, 0])["image"]
+    one_by_one = jnp.concatenate([encode(params, one)["image"] for one in pixel_values])
+    chex.assert_trees_all_close(images, one_by_one, rtol=0, atol=2e-5)
+
+
+def _other_text(template, seed):
+    text = 3 + ((checkpoints.uniform("other text", template.shape, seed) + 1) * 70).astype(np.int32)
+    return np.where(template == checkpoints.IMAGE_TOKEN, template, text)
