@@ -6,6 +6,10 @@ the command's ``--help`` stay quick.
 
 import importlib
 import importlib.metadata
+import os
+
+# transformers advises to install torch when it is imported without it; nothing here needs torch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
     "AphroditeEngine": "aphrodite_jax.engine",

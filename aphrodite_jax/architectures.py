@@ -38,6 +38,8 @@ def register_model(architecture: str) -> Callable[[ModelT], ModelT]:
         raise ConfigError(f"an architecture name is a non-empty string, got {architecture!r}")
 
     def wrapper(model_cls: ModelT) -> ModelT:
+        if not isinstance(model_cls, type):
+            raise ConfigError(f"register_model({architecture!r}): a model class is decorated, got {model_cls!r}")
         _TABLE[architecture] = model_cls
         return model_cls
 

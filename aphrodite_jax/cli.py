@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import aphrodite_jax
@@ -27,6 +26,13 @@ exit status:
   141  whoever read stdout has gone
 """
 
+_BATCH_DESCRIPTION = """\
+Answer an OpenAI batch file: one JSON object a line, with custom_id, method, url (/v1/chat/completions or
+/v1/completions) and body. The output has one line for each, in the same order. A bad line gets its own error
+and leaves the others alone. A run that was killed goes on where it ended when the same command is given
+again, and ends with the bytes of an undisturbed run; OUTPUT.job.json keeps whose answers these are.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argparse itself exits with 2 for a wrong command line."""
@@ -36,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; there must be someone to take it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return 141
     except Exception as error:
         if args.debug:
@@ -51,6 +56,13 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+def _close_stdout() -> None:
+    """Let what is left in stdout's buffer go nowhere: Python writes it once more at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
 def _one_line(error: Exception) -> str:
     from aphrodite_jax.errors import AphroditeError
 
@@ -60,36 +72,37 @@ def _one_line(error: Exception) -> str:
     return f"error: {type(error).__name__}: {message} (run with --debug to see where)"
 
 
+# The commands.
+
+
 def _generate(args: argparse.Namespace) -> int:
     from aphrodite_jax.llm import LLM
 
+    sampling_params = _sampling_params(args)
     options = _model_options(args)
     if args.image:
         options["limit_mm_per_prompt"] = {"image": len(args.image), **options.get("limit_mm_per_prompt", {})}
-    sampling_params = _sampling_params(args)
-    llm = LLM(args.model, max_num_seqs=1, **options)
-    for piece in _pieces(llm, _prompt(llm, args), sampling_params):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    # One question needs few of the programs, so they are compiled as it comes to them.
+    llm = LLM(args.model, max_num_seqs=1, warm_up=False, **options)
+    try:
+        for piece in _pieces(llm, _prompt(llm, args), sampling_params):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_stdout()
+        return _fail(f"error: can't write the answer: {error.strerror}", 1)
     return 0
 
 
 def _prompt(llm: Any, args: argparse.Namespace) -> Any:
-    from aphrodite_jax.inputs import render_chat
-
-    images = [_url(image) for image in args.image]
     if args.raw:
-        return {"prompt": args.question, "multi_modal_data": {"image": images} if images else {}}
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        return {"prompt": args.question, "multi_modal_data": {"image": args.image} if args.image else {}}
+    content = [{"type": "image", "image": image} for image in args.image]
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": args.question}]})
-    return render_chat(messages, llm.tokenizer, llm.model_config)
-
-
-def _url(image: str) -> str:
-    return image if image.startswith("data:") or "://" in image else Path(image).absolute().as_uri()
+    return llm.render_chat(messages)
 
 
 def _pieces(llm: Any, prompt: Any, sampling_params: Any) -> Iterator[str]:
@@ -98,32 +111,18 @@ def _pieces(llm: Any, prompt: Any, sampling_params: Any) -> Iterator[str]:
     for output in llm.stream(prompt, sampling_params):
         if output.error is not None:
             raise output.error
-        for answer in output.outputs:
-            yield answer.text[length:]
-            length = len(answer.text)
-
-
-def _sampling_params(args: argparse.Namespace) -> Any:
-    from aphrodite_jax.errors import ConfigError
-    from aphrodite_jax.sampling_params import SamplingParams
-
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    try:
-        return SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
-    except ConfigError as error:
-        args.usage_error(str(error))
+        (answer,) = output.outputs
+        yield answer.text[length:]
+        length = len(answer.text)
 
 
 def _batch(args: argparse.Namespace) -> int:
     from aphrodite_jax.batch import answer_job, open_job
     from aphrodite_jax.config import ModelConfig
-    from aphrodite_jax.llm import LLM
 
     options = _model_options(args)
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model_config = ModelConfig(
-        model=args.model, **{name: value for name, value in options.items() if name in names}
-    )
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)} & set(options)
+    model_config = ModelConfig(model=args.model, **{name: options[name] for name in of_model})
     with open_job(
         args.requests,
         args.output,
@@ -133,8 +132,9 @@ def _batch(args: argparse.Namespace) -> int:
     ) as job:
         report = job.report()
         if not job.is_complete:
-            llm = LLM(args.model, max_num_seqs=args.max_num_seqs, **options)
-            report = answer_job(llm, job, max_in_flight=2 * args.max_num_seqs)
+            from aphrodite_jax.llm import LLM
+
+            report = answer_job(LLM(args.model, max_num_seqs=args.max_num_seqs, **options), job)
     print(
         f"{args.output}: {report.num_answered} answered, {report.num_failed} with an error"
         + (f", {report.num_resumed} of them by an earlier run" if report.num_resumed else ""),
@@ -144,7 +144,77 @@ def _batch(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from aphrodite_jax.architectures import known_architectures, resolve_architecture
+    from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
+
+    rows = [("ARCHITECTURE", "TAKES", "CLASS")]
+    for name in known_architectures():
+        model_cls = resolve_architecture([name])
+        takes = ", ".join(["text", *MULTIMODAL_REGISTRY.modalities(model_cls)])
+        rows.append((name, takes, f"{model_cls.__module__}.{model_cls.__qualname__}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+# Options.
+
+Converter = Callable[[str], Any]
+_OPTION_KINDS = tuple[tuple[str, Converter, str, str], ...]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
+def _limits(text: str) -> dict[str, int]:
+    limits = {}
+    for item in text.split(","):
+        modality, _, count = item.partition("=")
+        if not modality.strip() or not count.strip().isdecimal():
+            raise argparse.ArgumentTypeError(f"must be like image=2 or image=2,video=1, got {text!r}")
+        limits[modality.strip()] = _positive(count)
+    return limits
+
+
+_SAMPLING_OPTIONS: _OPTION_KINDS = (
+    ("top_p", float, "X", "nucleus mass"),
+    ("top_k", int, "N", "candidates kept"),
+    ("min_p", float, "X", "floor relative to the most likely token"),
+    ("presence_penalty", float, "X", "for tokens that the answer has"),
+    ("frequency_penalty", float, "X", "for each time that the answer has a token"),
+    ("repetition_penalty", float, "X", "above 1 repeats less"),
+)
+_MODEL_OPTIONS: _OPTION_KINDS = (
+    ("tokenizer", str, "PATH", "a directory or hub id; the model's if none"),
+    ("revision", str, "NAME", "hub branch, tag or commit"),
+    ("seed", int, "N", "of the sampled tokens; for batch, the base of the seeds of lines without one (0)"),
+    ("max_model_len", _positive, "N", "tokens of prompt and answer together"),
+    ("limit_mm_per_prompt", _limits, "M=N,...", "items of one prompt, image=2 say"),
+    ("mm_processor_kwargs", _object, "JSON", "options for the image processor"),
+    ("hf_overrides", _object, "JSON", "config fields to replace"),
+    ("max_image_pixels", _positive, "N", "largest width x height that is decoded"),
+    ("max_num_batched_tokens", _positive, "N", "prompt tokens of one step"),
+    ("page_size", _positive, "N", "tokens of one KV page"),
+    ("kv_cache_memory", str, "SIZE", "KV pages in bytes, 512MiB say"),
+    ("memory_fraction", float, "X", "share of an accelerator's memory that may be used"),
+    ("encoder_cache_tokens", _positive, "N", "rows of encoded media kept on device"),
+    ("compilation_cache_dir", str, "DIR", "where compiled programs are kept between runs"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Answers from pictures and text, with models in Hugging Face format, in JAX.",
         epilog=_EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {aphrodite_jax.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -173,16 +244,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate_options(command("generate", _generate, "answer one question about images, or about none"))
     _add_batch_options(command("batch", _batch, "answer the requests of a file", _BATCH_DESCRIPTION))
-    command("models", _models, "list the architectures that can be served, and their traits")
+    command("models", _models, "list the architectures that can be served, and what they take")
     return parser
-
-
-_BATCH_DESCRIPTION = """\
-Answer an OpenAI batch file: one JSON object a line, with custom_id, method, url (/v1/chat/completions or
-/v1/completions) and body. The output has one line for each, in the same order. A bad line gets its own error
-and leaves the others alone. A run that was killed goes on where it ended when the same command is given
-again, and ends with the bytes of an undisturbed run; OUTPUT.job.json keeps whose answers these are.
-"""
 
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
@@ -192,19 +255,13 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", default=None, help="a system message")
     parser.add_argument(
-        "--raw",
-        action="store_true",
-        default=False,
-        help="the question is the prompt as is, with placeholders",
+        "--raw", action="store_true", default=False, help="the question is the prompt as is, with placeholders"
     )
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="tokens at most (256)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy, the default")
-    group.add_argument("--top-p", type=float, metavar="X", help="nucleus mass")
-    group.add_argument("--top-k", type=int, metavar="N", help="candidates kept")
-    group.add_argument("--min-p", type=float, metavar="X", help="floor relative to the most likely token")
-    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given again")
+    _add_options(group, _SAMPLING_OPTIONS)
     _add_model_options(parser)
 
 
@@ -235,61 +292,33 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and compute"
     )
-    for name, kind, metavar, text in _MODEL_OPTIONS:
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    _add_options(group, _MODEL_OPTIONS)
     group.add_argument(
         "--media-root",
         action="append",
         dest="media_roots",
         metavar="DIR",
-        help="the only place that file: URLs may read; may be given again",
-    )
-    group.add_argument(
-        "--no-warm-up", action="store_false", dest="warm_up", help="compile as requests need it"
+        help="the only place that images may be read from; may be given again",
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
-    return value
-
-
-def _limits(text: str) -> dict[str, int]:
-    limits = {}
-    for item in text.split(","):
-        modality, _, count = item.partition("=")
-        limits[modality.strip()] = _positive(count)
-    return limits
-
-
-_MODEL_OPTIONS: tuple[tuple[str, Callable[[str], Any], str, str], ...] = (
-    ("tokenizer", str, "PATH", "a directory or hub id; the model's if none"),
-    ("revision", str, "NAME", "hub branch, tag or commit"),
-    ("seed", int, "N", "base of the seeds of requests that give none (0)"),
-    ("max_model_len", _positive, "N", "tokens of prompt and answer together"),
-    ("limit_mm_per_prompt", _limits, "M=N,...", "items of one prompt, image=2 say"),
-    ("mm_processor_kwargs", _object, "JSON", "options for the image processor"),
-    ("hf_overrides", _object, "JSON", "config fields to replace"),
-    ("max_image_pixels", _positive, "N", "largest width x height that is decoded"),
-    ("max_num_batched_tokens", _positive, "N", "prompt tokens of one step"),
-    ("page_size", _positive, "N", "tokens of one KV page"),
-    ("kv_cache_memory", str, "SIZE", "KV pages in bytes, 512MiB say"),
-    ("memory_fraction", float, "X", "share of an accelerator's memory that may be used"),
-    ("encoder_cache_tokens", _positive, "N", "rows of encoded media kept on device"),
-    ("compilation_cache_dir", str, "DIR", "where compiled programs are kept between runs"),
-)
+def _add_options(group: Any, options: _OPTION_KINDS) -> None:
+    for name, kind, metavar, text in options:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options for `LLM` that were given."""
-    names = [*(name for name, *_ in _MODEL_OPTIONS), "dtype", "media_roots", "warm_up"]
+    names = [*(name for name, *_ in _MODEL_OPTIONS), "dtype", "media_roots"]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _sampling_params(args: argparse.Namespace) -> Any:
+    from aphrodite_jax.errors import ConfigError
+    from aphrodite_jax.sampling_params import SamplingParams
+
+    names = ["max_tokens", "temperature", "stop", "seed", *(name for name, *_ in _SAMPLING_OPTIONS)]
+    try:
+        return SamplingParams(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    except ConfigError as error:
+        args.usage_error(str(error).removeprefix("SamplingParams: "))

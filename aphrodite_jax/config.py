@@ -1,10 +1,12 @@
 """Frozen option values: which model, with which limits, and how the engine runs it."""
 
+import copy
 import dataclasses
 import functools
 import importlib.resources
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from flax.core import FrozenDict
 
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["EngineConfig", "ModelConfig", "shipped_model_path"]
+__all__ = ["EngineConfig", "ModelConfig", "default_compilation_cache_dir", "shipped_model_path"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_MAX_IMAGE_PIXELS = 178_956_970
@@ -23,6 +25,11 @@ DEFAULT_MAX_IMAGE_PIXELS = 178_956_970
 def shipped_model_path() -> Path:
     """Directory of the small LLaVA-1.5 that the package carries."""
     return Path(str(importlib.resources.files("aphrodite_jax") / "assets" / "tiny_llava"))
+
+
+def default_compilation_cache_dir() -> Path:
+    """``aphrodite_jax/xla`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aphrodite_jax" / "xla"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,23 +75,26 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} is a mapping, got {type(value).__name__}")
-            put(name, FrozenDict(value))
+            put(name, FrozenDict(copy.deepcopy(dict(value))))
         if self.media_roots is not None:
+            # A bare string would be a root for each of its letters, "/" among them.
+            if isinstance(self.media_roots, str | Path) or not isinstance(self.media_roots, Iterable):
+                raise ConfigError(f"media_roots is a list of directories, got {self.media_roots!r}")
             put("media_roots", tuple(str(root) for root in self.media_roots))
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for modality, limit in self.limit_mm_per_prompt.items():
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            if not _is_whole(limit, least=1):
                 raise ConfigError(f"limit_mm_per_prompt[{modality!r}] must be at least 1, got {limit!r}")
         for name in ("max_model_len", "max_image_pixels"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if not _is_whole(value, least=1) and not (value is None and name == "max_model_len"):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if not _is_whole(self.seed, least=0) or self.seed >= 2**32:
             raise ConfigError(f"seed must be a whole number in [0, 2**32), got {self.seed!r}")
         if self.revision is not None and self.is_local:
             raise ConfigError(f"revision {self.revision!r} has no meaning for the directory {self.model!r}")
-        if not self.is_local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.model):
+        if not self.is_local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.model):
             raise ConfigError(
                 f"model {self.model!r} is neither a directory here nor a hub id such as 'org/name'"
             )
@@ -92,7 +102,7 @@ class ModelConfig:
     @property
     def is_local(self) -> bool:
         """Whether ``model`` is a directory on this machine."""
-        return Path(self.model).is_dir()
+        return bool(self.model) and Path(self.model).is_dir()  # "" would be the working directory
 
     @functools.cached_property
     def hf_config(self) -> transformers.PretrainedConfig:
@@ -101,7 +111,7 @@ class ModelConfig:
             raise ConfigError(f"{self.model!r} has no config.json: not a Hugging Face checkpoint directory")
         try:
             config = transformers.AutoConfig.from_pretrained(self.model, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # fields of the wrong type or that contradict each other come as errors of many types
             raise ConfigError(f"can't read the config of model {self.model!r}: {error}") from error
         _override(config, self.hf_overrides, "hf_overrides")
         return config
@@ -151,7 +161,8 @@ class EngineConfig:
         needs, and room for one prefill step.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
-      compilation_cache_dir: where compiled programs are kept between runs; None keeps none.
+      compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
+        user's cache directory, None keeps none. A directory that JAX was configured with goes before.
       show_progress: draw progress bars on stderr.
     """
 
@@ -163,20 +174,22 @@ class EngineConfig:
     encoder_cache_tokens: int | None = None
     warm_up: bool = True
     on_recompile: str = "warn"
-    compilation_cache_dir: str | None = None
+    compilation_cache_dir: str | None = "auto"
     show_progress: bool = True
 
     def __post_init__(self):
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "encoder_cache_tokens"):
             value = getattr(self, name)
             required = name in ("max_num_seqs", "page_size")
-            if (value is None and required) or (
-                value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
-            ):
+            if not _is_whole(value, least=1) and (value is not None or required):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.on_recompile not in ("warn", "raise"):
             raise ConfigError(f"on_recompile must be 'warn' or 'raise', got {self.on_recompile!r}")
-        if not 0 < self.memory_fraction <= 1:
+        for name in ("warm_up", "show_progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        fraction = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
@@ -184,22 +197,37 @@ class EngineConfig:
 
 def _bytes(value: int | str) -> int:
     """A count of bytes from a number or from text such as "512MiB" or "2 GB"."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if _is_whole(value, least=1):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(value), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise ConfigError(f"a size in bytes is a number or text such as '512MiB', got {value!r}")
-    unit = (match[2] or "").lower()
+    unit = (match and match[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
+    size = int(float(match[1]) * base ** (" kmgt".index(unit[0]) if unit else 0)) if match else 0
+    if size < 1:
+        raise ConfigError(f"a size in bytes is a number of at least 1 or text such as '512MiB', got {value!r}")
+    return size
+
+
+def _is_whole(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _override(config: transformers.PretrainedConfig, overrides: Mapping[str, Any], where: str) -> None:
     for name, value in overrides.items():
-        if not hasattr(config, name):
+        if not hasattr(config, name) or callable(getattr(config, name)):
             raise ConfigError(f"{where}: the config {type(config).__name__} has no field {name!r}")
         current = getattr(config, name)
         if isinstance(value, Mapping) and isinstance(current, transformers.PretrainedConfig):
             _override(current, value, f"{where}[{name!r}]")
         else:
-            setattr(config, name, dict(value) if isinstance(value, Mapping) else value)
+            try:
+                setattr(config, name, _plain(value))
+            except Exception as error:  # the config class checks its fields, with errors of its own
+                raise ConfigError(f"{where}: {name!r} can't be {value!r}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a value with plain dicts in place of frozen ones."""
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    return copy.deepcopy(value)

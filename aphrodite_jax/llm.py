@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from aphrodite_jax.config import EngineConfig, ModelConfig
+from aphrodite_jax.config import EngineConfig, ModelConfig, default_compilation_cache_dir
 from aphrodite_jax.engine import AphroditeEngine
 from aphrodite_jax.engine.admission import Prompt
 from aphrodite_jax.errors import ConfigError, RequestError
@@ -40,10 +41,11 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike | None = None, **options: Any):
         model_config, engine_config = _split_options(model, options)
-        _use_compilation_cache(engine_config.compilation_cache_dir)
+        _use_compilation_cache(engine_config)
         self.model_config = model_config
         self.engine = AphroditeEngine(model_config, engine_config)
         self._request_numbers = itertools.count()
+        self._news: dict[str, RequestOutput] = {}  # latest outputs that nobody has taken yet
 
     @property
     def tokenizer(self):
@@ -94,13 +96,15 @@ class LLM:
                         if None not in outputs:
                             break
                         continue  # all of this window failed
-                    for output in self.engine.step():
-                        if output.finished:
-                            outputs[numbers.pop(output.request_id)] = output
+                    self._step()
+                    for request_id in list(numbers):
+                        output = self._news.pop(request_id, None)
+                        if output is not None and output.finished:
+                            outputs[numbers.pop(request_id)] = output
                             bar.update()
         finally:
             for request_id in numbers:
-                self.engine.abort_request(request_id)
+                self._abort(request_id)
         return outputs
 
     def chat(
@@ -150,10 +154,16 @@ class LLM:
         request_id = self._next_request_id()
         self.engine.add_request(request_id, prompt, sampling_params)
         try:
-            while self.engine.has_unfinished_requests():
-                yield from (output for output in self.engine.step() if output.request_id == request_id)
+            while True:
+                output = self._news.pop(request_id, None)
+                if output is None:
+                    self._step()
+                    continue
+                yield output
+                if output.finished:
+                    return
         finally:
-            self.engine.abort_request(request_id)
+            self._abort(request_id)
 
     def describe(self) -> str:
         """The model, and where its device's memory goes, as a short table."""
@@ -184,6 +194,15 @@ class LLM:
         except RequestError as error:
             return error
         return None
+
+    def _step(self) -> None:
+        """Run the engine one step; calls of `generate` and `stream` that are nested keep each other's outputs."""
+        for output in self.engine.step():
+            self._news[output.request_id] = output
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort_request(request_id)
+        self._news.pop(request_id, None)
 
     def _next_request_id(self) -> str:
         return f"request-{next(self._request_numbers)}"
@@ -226,11 +245,25 @@ def _failed(request_id: str, prompt, error: Exception) -> RequestOutput:
     )
 
 
-def _use_compilation_cache(directory: str | None) -> None:
-    """Keep compiled programs in ``directory``, unless JAX was told of one already."""
-    if directory is None or jax.config.jax_compilation_cache_dir is not None:
+def _use_compilation_cache(engine_config: EngineConfig) -> None:
+    """Keep compiled programs on disk, unless JAX was told where to already.
+
+    Raises:
+      ConfigError: the directory that was asked for can't be written; for the default one this is a warning.
+    """
+    asked = engine_config.compilation_cache_dir
+    if asked is None or jax.config.jax_compilation_cache_dir is not None:
         return
-    path = Path(directory).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    path = default_compilation_cache_dir() if asked == "auto" else Path(asked).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"no right to write in {path}")
+    except OSError as error:
+        message = f"compiled programs can't be kept in {path}: {error}; set compilation_cache_dir"
+        if asked != "auto":
+            raise ConfigError(message) from error
+        warnings.warn(message, stacklevel=3)
+        return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

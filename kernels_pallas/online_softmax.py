@@ -1,15 +1,21 @@
-"""One step of an online softmax over a block of keys: shared by the XLA forms of dense and paged attention."""
+"""One step of an online softmax over a block of keys: shared by the XLA forms of dense and paged attention.
+
+Heads stand before rows, ``[B, K, N // K, T, H]`` against ``[B, K, S, H]``, as a batched matrix product wants them.
+Online softmax: Milakov and Gimelshein, https://arxiv.org/abs/1805.02867.
+"""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+__all__ = ["LOWEST", "SoftmaxState", "finish", "init_state", "log_total", "scores", "seen_keys", "update"]
+
 LOWEST = -1e30
-"""Stands for minus infinity: finite, so that a row that has seen no key yet makes no NaN."""
+"""Score of a key that a row does not see: finite, so that a row that has seen no key yet makes no NaN."""
 
 
 class SoftmaxState(NamedTuple):
-    """Running maximum and sum ``[B, T, K, G]`` and weighted values ``[B, T, K, G, H]``, float32."""
+    """Running maximum and sum ``[B, K, N // K, T]`` and weighted values ``[B, K, N // K, T, H]``, float32."""
 
     maximum: jnp.ndarray
     total: jnp.ndarray
@@ -17,7 +23,7 @@ class SoftmaxState(NamedTuple):
 
 
 def init_state(q) -> SoftmaxState:
-    """The state before any key, for queries ``[B, T, K, G, H]``."""
+    """The state before any key, for queries ``[B, K, N // K, T, H]``."""
     return SoftmaxState(
         jnp.full(q.shape[:-1], LOWEST, jnp.float32),
         jnp.zeros(q.shape[:-1], jnp.float32),
@@ -25,30 +31,50 @@ def init_state(q) -> SoftmaxState:
     )
 
 
-def update(state, q, k, v, offset, start, stop, *, scale, soft_cap=None) -> SoftmaxState:
-    """Take in keys and values ``[B, S, K, H]`` that stand at positions ``offset ..``; intervals ``[B, T]``."""
-    keys = (offset + jnp.arange(k.shape[1], dtype=jnp.int32))[None, None]
-    visible = (start[..., None] <= keys) & (keys < stop[..., None])  # [B, T, S]
-    # Slots that no row sees may hold anything, NaN too, and 0 * NaN is NaN.
-    v = jnp.where(visible.any(axis=1)[:, :, None, None], v, jnp.zeros((), v.dtype))
-    visible = visible[:, :, None, None, :]
-    scores = jnp.einsum("btkgh,bskh->btkgs", q, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(scale)
+def seen_keys(start, stop, offset, length: int):
+    """Whether a row sees each of ``length`` keys that stand at positions ``offset ..``: ``[B, T, S]``."""
+    keys = (offset + jnp.arange(length, dtype=jnp.int32))[None, None]
+    return (start[..., None] <= keys) & (keys < stop[..., None])
+
+
+def scores(q, k, *, scale, soft_cap=None):
+    """Scores ``[B, K, N // K, T, S]`` before masking, float32."""
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * jnp.float32(scale)
     if soft_cap is not None:
         scores = jnp.tanh(scores / jnp.float32(soft_cap)) * jnp.float32(soft_cap)
-    scores = jnp.where(visible, scores, LOWEST)
-    maximum = jnp.maximum(state.maximum, scores.max(axis=-1))
-    weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
+    return scores
+
+
+def update(state: SoftmaxState | None, q, k, v, offset, start, stop, *, scale, soft_cap=None) -> SoftmaxState:
+    """Take in keys and values ``[B, K, S, H]`` that stand at positions ``offset ..``; intervals ``[B, T]``.
+
+    Without a state these are the first keys. What a row gathers before it sees a key counts for nothing: its
+    decay is ``exp(LOWEST - maximum) = 0`` when it does, and `finish` clears a row that never does.
+    """
+    seen = seen_keys(start, stop, offset, k.shape[2])
+    # Slots that no row sees may hold anything, NaN too, and 0 * NaN is NaN.
+    v = jnp.where(seen.any(axis=1)[:, None, :, None], v, jnp.zeros((), v.dtype))
+    new = jnp.where(seen[:, None, None], scores(q, k, scale=scale, soft_cap=soft_cap), LOWEST)
+    maximum = new.max(axis=-1)
+    if state is not None:
+        maximum = jnp.maximum(state.maximum, maximum)
+    weights = jnp.exp(new - maximum[..., None])
+    values = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    total = weights.sum(axis=-1)
+    if state is None:
+        return SoftmaxState(maximum, total, values)
     decay = jnp.exp(state.maximum - maximum)
-    values = jnp.einsum("btkgs,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return SoftmaxState(
-        maximum,
-        state.total * decay + weights.sum(axis=-1),
-        state.values * decay[..., None] + values,
-    )
+    return SoftmaxState(maximum, state.total * decay + total, state.values * decay[..., None] + values)
 
 
-def finish(state: SoftmaxState, dtype):
-    """Attention's output ``[B, T, K, G, H]``; a row that saw no key gives zeros."""
-    total = jnp.where(state.total == 0, 1.0, state.total)
-    return (state.values / total[..., None]).astype(dtype)
+def finish(state: SoftmaxState, start, stop, dtype):
+    """Attention's output ``[B, K, N // K, T, H]``; a row that sees no key gives zeros."""
+    occupied = (stop > start)[:, None, None]
+    share = jnp.where(occupied, 1 / jnp.where(occupied, state.total, 1), 0)
+    return (state.values * share[..., None]).astype(dtype)
+
+
+def log_total(state: SoftmaxState, start, stop):
+    """Logarithm of each row's sum of exponentials ``[B, K, N // K, T]``; 0 for a row that sees no key."""
+    occupied = (stop > start)[:, None, None]
+    return jnp.where(occupied, state.maximum + jnp.log(jnp.where(occupied, state.total, 1)), 0)

@@ -3,9 +3,9 @@
     python scripts/make_goldens.py            # write tests/goldens/*.npz
     python scripts/make_goldens.py --check    # compute them again and compare
 
-Each file holds a config, the seed of its weights (`tests/checkpoints.py` makes them from it), and prompts with
-their images, float32 prefill logits and 32 greedy tokens. Seeds are searched until every greedy choice is clear,
-so that equal tokens are a fair demand of other implementations.
+Each file holds a config, the seed of its weights (`tests/checkpoints.py` makes them from it), and prompts
+with their images, float32 prefill logits and 32 greedy tokens. Seeds are searched until every greedy choice
+is clear, so that equal tokens are a fair demand of other implementations.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def rows_per_image(config: dict) -> int:
 
 
 def make_prompt(config: dict, num_text: int, num_images: int, seed: int) -> dict[str, np.ndarray]:
-    """What the model is given, by the names of `GoldenPrompt`; the last two of three images stand side by side."""
+    """What the model is given, by the names of `GoldenPrompt`; the last two of three images touch."""
     noise = checkpoints.uniform(f"text {num_text} {num_images}", (num_text,), seed)
     text = [1, *(3 + ((noise[1:] + 1) / 2 * (checkpoints.IMAGE_TOKEN - 3)).astype(int)).tolist()]
     pictures = checkpoints.images(num_images, seed)

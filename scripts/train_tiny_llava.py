@@ -6,9 +6,11 @@ Needs the extra ``test`` (easy-vqa and scikit-learn bring the data). The run sav
 ``--run``; started again after any kind of end, it goes on from there (``--fresh`` begins anew). The learning rate
 follows the share of ``--minutes`` that is spent, so that a slow machine takes fewer steps and not longer.
 
-First the vision tower learns alone, from what each picture is (a fifth of the time); then all of the model learns
-to answer. What is saved is a running mean of the weights. Pictures are split in `tiny_llava_data`; the test
-splits are not read here.
+First the vision tower learns alone, from what each picture is (a sixth of the time); then all of the model learns
+to answer. A transformer that sees its first pictures stands still for long; three things shorten that: the patch
+embedding starts as a whitening of the pictures' patches, positions start as waves, and the tower's own loss is read
+from features that are normalised over the batch. What is saved is a running mean of the weights. Pictures are split
+in `tiny_llava_data`; the test splits are not read here.
 """
 
 import argparse
@@ -32,18 +34,20 @@ from aphrodite_jax.modeling.loader import save_pretrained
 from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
 from kernels_pallas.intervals import RowIntervals, causal
 
-TOWER_SHARE = 0.2  # of the time, in which the tower learns alone
-PEAK_RATE = 1e-3
+TOWER_SHARE = 1 / 6  # of the time, in which the tower learns alone
+PEAK_RATE = 1.5e-3
 WARM_UP = 200  # steps
+TOWER_BATCH = 32  # pictures
 DIGIT_SHARE = 0.35
+EASE = (300, 2000, 0.3)  # all digits are plain for so many steps, then fewer over so many, down to this share
 SAVE_SECONDS = 60
 AUXILIARY = 0.2  # weight of the tower's own loss once answers are learnt
 CLASSES = {"color": len(data.COLORS), "shape": len(data.SHAPES), "digit": 10}
 # Kinds of batches: share, sequences, pictures in each, tokens, turns at most.
 BATCHES = {
-    "talk": (0.55, 32, 1, 128, 8),
-    "question": (0.30, 40, 1, 96, 2),
-    "two pictures": (0.10, 16, 2, 208, 4),
+    "talk": (0.55, 32, 1, 104, 8),
+    "question": (0.30, 40, 1, 72, 2),
+    "two pictures": (0.10, 16, 2, 152, 4),
     "no picture": (0.05, 32, 0, 48, 3),
 }
 
@@ -72,11 +76,13 @@ def answer_logits(model, ids, rows):
 
 
 def tower_loss(heads, rows, labels):
-    """Cross entropy of linear probes on the mean row of each picture; a label of -1 is unknown."""
-    mean, total = rows.mean(axis=(1, 2)), 0.0
+    """Cross entropy of linear probes on what the rows of each picture have in common; a label of -1 is unknown."""
+    rows = rows.reshape(len(rows), -1, rows.shape[-1])
+    pooled = jnp.concatenate([rows.mean(axis=1), rows.max(axis=1)], axis=-1)
+    pooled, total = (pooled - pooled.mean(axis=0)[None]) / (pooled.std(axis=0)[None] + 1e-3), 0.0
     for name, head in heads.items():
         known = labels[name] >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(mean @ head, jnp.maximum(labels[name], 0))
+        losses = optax.softmax_cross_entropy_with_integer_labels(pooled @ head, jnp.maximum(labels[name], 0))
         total += jnp.sum(jnp.where(known, losses, 0)) / len(known)
     return total
 
@@ -139,13 +145,13 @@ class Batches:
 
     def tower(self, number: int) -> dict:
         """Pictures and what they are."""
-        rng = np.random.default_rng((self.seed, number))
-        pictures = [[self._picture(rng, self.shapes)] for _ in range(64)]
-        return _pixels_and_labels(pictures, rng)
+        rng = np.random.default_rng((self.seed, abs(number), number < 0))
+        pictures = [[self._picture(rng, self.shapes)] for _ in range(TOWER_BATCH)]
+        return _pixels_and_labels(pictures, rng, _ease(number))
 
     def answers(self, number: int) -> dict:
         """Conversations of one kind about pictures of any."""
-        rng = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((self.seed, abs(number), number < 0))
         kinds = list(BATCHES.values())
         _, size, per_sequence, length, most = kinds[int(rng.choice(len(kinds), p=[kind[0] for kind in kinds]))]
         source = self.shapes if per_sequence == 1 else self.known_shapes
@@ -156,15 +162,20 @@ class Batches:
         ]
         ids, said = data.batch_arrays(self.encoder, talks, length)
         batch = {"ids": ids, "said": said}
-        return batch | _pixels_and_labels(pictures, rng) if per_sequence else batch
+        return batch | _pixels_and_labels(pictures, rng, _ease(number)) if per_sequence else batch
 
     def _picture(self, rng, shapes) -> data.Picture:
         source = self.digits if rng.random() < DIGIT_SHARE else shapes
         return source[int(rng.integers(len(source)))]
 
 
-def _pixels_and_labels(pictures, rng) -> dict:
-    pixels = np.stack([np.stack([data.augment(p, rng) for p in group]) for group in pictures])
+def _ease(number: int) -> float:
+    begin, length, least = EASE
+    return max(least, min(1.0, 1 - (number - begin) / length))
+
+
+def _pixels_and_labels(pictures, rng, ease) -> dict:
+    pixels = np.stack([np.stack([data.augment(p, rng, ease) for p in group]) for group in pictures])
     batch = {"pixels": data.normalize(pixels)}
     if len(pictures[0]) == 1:
         first = [group[0] for group in pictures]
@@ -175,6 +186,38 @@ def _pixels_and_labels(pictures, rng) -> dict:
         }
         batch["labels"] = {name: np.array(values, np.int32) for name, values in labels.items()}
     return batch
+
+
+# --- where training starts ---------------------------------------------------------------------------------------
+
+
+def initialize(model, pixels: np.ndarray) -> None:
+    """Start patches as white noise and positions as waves, from example ``pixels [n, 3, 48, 48]``.
+
+    The kernel's rows are the principal components of the patches, scaled to one variance and turned at random, so
+    that an edge counts as much as the background; the first positions take away the mean patch.
+    """
+    embeddings = model.vision_tower.vision_model.embeddings
+    n, channels, size, _ = pixels.shape
+    patch, width = files.PATCH_SIZE, model.config.vision_config.hidden_size
+    grid = size // patch
+    patches = pixels.reshape(n, channels, grid, patch, grid, patch).transpose(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(-1, channels * patch * patch)
+    variances, components = np.linalg.eigh(np.cov(patches.T))
+    variances, components = variances[::-1][:width], components[:, ::-1][:, :width]
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))
+    kernel = (components / np.sqrt(variances + 1e-4 * variances[0])) @ turn  # [channels * patch * patch, width]
+    waves = _waves(grid, width // 2)
+    positions = np.concatenate([np.repeat(waves, grid, axis=0), np.tile(waves, (grid, 1))], axis=1) / 2
+    positions = np.concatenate([np.zeros((1, width)), positions - patches.mean(axis=0) @ kernel])
+    nnx.update(embeddings.patch_embedding, {"kernel": jnp.asarray(kernel, jnp.float32)})
+    nnx.update(embeddings.position_embedding, {"embedding": jnp.asarray(positions, jnp.float32)})
+
+
+def _waves(length: int, width: int) -> np.ndarray:
+    """Sines and cosines ``[length, width]`` of up to two periods."""
+    angles = np.arange(length)[:, None] * (4 * np.pi / length) * 20.0 ** -(np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -249,8 +292,11 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
     tokenizer = files.train_tokenizer()
     encoder, config = files.make_encoder(tokenizer), files.make_config(tokenizer)
     model = LlavaForConditionalGeneration(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    batches = Batches(encoder, seed)
+    initialize(model, np.concatenate([batches.tower(-number)["pixels"][:, 0] for number in range(1, 25)]))
     graph, params = nnx.split(model)
-    heads = {name: jnp.zeros((config.text_config.hidden_size, n)) for name, n in CLASSES.items()}
+    probes, width = nnx.Rngs(seed + 1), 2 * config.text_config.hidden_size
+    heads = {name: 0.05 * jax.random.normal(probes.params(), (width, n)) for name, n in CLASSES.items()}
     trained = {"model": params, "heads": heads}
     state = {"trained": trained, "adam": optimizer().init(trained), "mean": jax.tree.map(jnp.copy, params)}
     progress = {"step": 0, "seconds": 0.0, "validated": 0.0}
@@ -261,7 +307,6 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters", flush=True)
 
     step, choose = make_steps(graph)
-    batches = Batches(encoder, seed)
     base, began, saved, losses = progress["seconds"], time.monotonic(), time.monotonic(), []
     pending = None
     while (spent := progress["seconds"] / (60 * minutes)) < 1:

@@ -68,8 +68,11 @@ def answer_job(llm: "LLM", job: Job, *, show_progress: bool = True) -> BatchRepo
     Requests go to the engine as others finish, twice as many as it runs at a time, in the order of the input.
 
     Raises:
-      BatchError: the output can't be written, or the engine has other requests.
+      BatchError: the output can't be written, the input changed while it was read, or the engine has other
+        requests.
     """
+    if job.is_complete:
+        return job.report()
     if llm.engine.has_unfinished_requests():
         raise BatchError("the engine has other requests; finish or abort them before a batch")
     num_written = len(job.resumed_ids)
@@ -86,18 +89,19 @@ def answer_job(llm: "LLM", job: Job, *, show_progress: bool = True) -> BatchRepo
         # A bar that is not looked at, but kept in a log, says less.
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
+    skip = num_written - start
     with bar:
-        for first in range(start, job.summary.num_lines, size):
+        for _ in range(start, job.summary.num_lines, size):
             group = _Group(llm, job, custom_ids)
-            skip = max(0, num_written - first)
             for output_lines in group.run(itertools.islice(lines, size)):
-                new = output_lines[skip:]
-                skip = max(0, skip - len(output_lines))
+                new, skip = output_lines[skip:], max(0, skip - len(output_lines))
                 if new:
                     job.append(new)
                     bar.update(len(new))
                 job.output.sync_if_due()
     job.output.sync()
+    if not job.is_complete:
+        raise BatchError(f"the input {job.input_path!r} changed while it was read; start again with another output")
     return job.report()
 
 
@@ -126,6 +130,8 @@ class _Group:
                     self.take(line)
                 yield self.finished()
                 if self.in_flight:
+                    if not engine.has_unfinished_requests():
+                        raise RuntimeError(f"the engine has lost {', '.join(self.in_flight)}")
                     self.collect(engine.step())
                 elif not taken:
                     return

@@ -156,6 +156,10 @@ class AphroditeEngine:
         """Whether `step` has something to do."""
         return bool(self._requests)
 
+    def reset_encoder_cache(self) -> None:
+        """Forget encoded media that no running request needs; an idle engine is then as it was at the start."""
+        self.scheduler.encoder_cache.discard_unpinned()
+
     @property
     def num_unfinished_requests(self) -> int:
         """Requests that wait or run."""
@@ -173,12 +177,13 @@ class AphroditeEngine:
         for chunk, offset in zip(plan.chunks, offsets, strict=True):
             self._take_prompt_logprobs(chunk, hidden, offset)
             self._advance(chunk)
-        if any(chunk.samples for chunk in plan.chunks):
+        moved = [chunk.sequence for chunk in plan.chunks if chunk.samples]  # a token more, and none samples
+        if moved:
             sampled = self._sample(plan, logits)
             for row, chunk in enumerate(plan.chunks):
                 if chunk.samples:
                     self._take_token(chunk.sequence, sampled, row)
-        return self._collect(plan)
+        return self._collect(moved)
 
     # A step's parts.
 
@@ -274,9 +279,9 @@ class AphroditeEngine:
             self._logprobs.read(result, row, int(token), count) for row, token in enumerate(targets)
         )
 
-    def _collect(self, plan: Plan) -> list[RequestOutput]:
-        moved = dict.fromkeys(chunk.sequence.sequence_id.rpartition("/")[0] for chunk in plan.chunks if chunk.samples)
-        outputs = [self._output(self._requests[request_id]) for request_id in moved]
+    def _collect(self, moved: list[Sequence]) -> list[RequestOutput]:
+        request_ids = dict.fromkeys(sequence.sequence_id.rpartition("/")[0] for sequence in moved)
+        outputs = [self._output(self._requests[request_id]) for request_id in request_ids]
         for output in outputs:
             if output.finished:
                 del self._requests[output.request_id]

@@ -62,8 +62,9 @@ class Detokenizer:
         if byte is not None:
             return self._append_byte(token, byte)
         decoded = self._decode([*self._window, token])
-        if self._run is None and decoded == self._decoded and not self._decode([token, token]):
-            return None  # it has no text wherever it stands, and would only take up the window
+        maybe_skipped = decoded == self._decoded or self._run is not None
+        if maybe_skipped and not self._decode([token, token]):  # twice: a first space may be stripped
+            return None  # it has no text wherever it stands, and does not end a byte run
         self._window.append(token)
         self._decoded, self._run = decoded, None
         stop = self._send(len(decoded) - decoded.endswith(REPLACEMENT))
@@ -84,7 +85,7 @@ class Detokenizer:
     def _append_byte(self, token: int, byte: int) -> str | None:
         """The text of a byte run is not sent, but looked through for stop strings: the answer may end with it."""
         if self._run is None:
-            self._run = _ByteRun(self._held)
+            self._run = _ByteRun(self._held + self._decoded[self._sent :])
         self._window.append(token)
         text = self._run.decode(byte)
         if len(self._window) == 1 and text:

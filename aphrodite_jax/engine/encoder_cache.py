@@ -94,3 +94,8 @@ class EncoderCache:
         del self._entries[content_hash], self._unpinned[content_hash]
         self._num_unpinned_rows -= len(entry.rows)
         self._free.extend(entry.rows[::-1].tolist())
+
+    def discard_unpinned(self) -> None:
+        """Forget every entry that nobody pins."""
+        for content_hash in list(self._unpinned):
+            self.discard(content_hash)

@@ -169,7 +169,7 @@ class ModelRunner:
         return jax.device_get(self.programs.run(self._sample_job(logits, batch)))
 
     def prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray):
-        """Log-probabilities of ``targets [n]`` under the logits of ``hidden [n, D]``, as `SampledTokens` on the host."""
+        """Log-probabilities of ``targets [n]`` under the logits of ``hidden [n, D]``, on the host."""
         parts = []
         for begin in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             part = targets[begin : begin + PROMPT_LOGPROB_ROWS]
@@ -177,7 +177,7 @@ class ModelRunner:
             rows = np.minimum(np.arange(begin, begin + PROMPT_LOGPROB_ROWS), len(targets) - 1)
             job = self._prompt_logprobs_job(hidden[rows], np.pad(part, (0, padding)).astype(np.int32))
             result = jax.device_get(self.programs.run(job))
-            parts.append(jax.tree.map(lambda x, n=len(part): x[:n], result))
+            parts.append(jax.tree.map(lambda x, keep=slice(len(part)): x[keep], result))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     # Programs: each method says what one takes, for a run and for compiling ahead alike.

@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import transformers
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RequestError
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["render_chat"]
@@ -54,7 +54,7 @@ def render_chat(
             text = tokenizer.apply_chat_template(
                 form(conversation, placeholders), tokenize=False, add_generation_prompt=True
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
             problems.append(f"{type(error).__name__}: {error}")
             continue
         problem = _what_is_missing(text, conversation, placeholders)
@@ -80,8 +80,8 @@ def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[st
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError(f"a message is a dict with 'role' and 'content', got {_short(message)}")
-        if unknown := sorted(set(message) - {"role", "content"}):
-            raise RequestError(f"a message has 'role' and 'content', got {', '.join(map(repr, unknown))} too")
+        if unknown := sorted(map(repr, set(message) - {"role", "content"})):
+            raise RequestError(f"a message has 'role' and 'content', got {', '.join(unknown)} too")
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -95,10 +95,10 @@ def _read_part(part: Any, shield: "_Shield", media: dict[str, list]) -> Part:
     if not isinstance(part, Mapping):
         raise RequestError(f"a part of a message is a dict with 'type', got {_short(part)}")
     kind = part.get("type")
-    if kind != "text" and kind not in MEDIA_KEYS:
+    if not isinstance(kind, str) or (kind != "text" and kind not in MEDIA_KEYS):
         raise RequestError(f"a part's type is one of text, {', '.join(MEDIA_KEYS)}; got {_short(kind)}")
     if set(part) != {"type", kind}:
-        raise RequestError(f"a part of type {kind!r} has the keys 'type' and {kind!r}, got {_short(sorted(part))}")
+        raise RequestError(f"a part of type {kind!r} has the keys 'type' and {kind!r}, got {_short(list(part))}")
     value = part[kind]
     if kind == "text":
         if not isinstance(value, str):
@@ -114,8 +114,8 @@ def _image_url(value: Any) -> str:
     value = {"url": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping) or not isinstance(value.get("url"), str):
         raise RequestError(f"image_url is {{'url': 'data:...' or 'file:...'}}, got {_short(value)}")
-    if unknown := sorted(set(value) - {"url", "detail"}):
-        raise RequestError(f"image_url has no {', '.join(map(repr, unknown))}")
+    if unknown := sorted(map(repr, set(value) - {"url", "detail"})):
+        raise RequestError(f"image_url has the keys 'url' and 'detail', got {', '.join(unknown)} too")
     if value.get("detail", "auto") != "auto":
         raise RequestError(f"image_url: only detail 'auto' is known, got {_short(value['detail'])}")
     return value["url"]
@@ -136,13 +136,20 @@ def _placeholders(model_cls: type, media: Mapping[str, list]) -> dict[str, list[
 # The two forms that templates take.
 
 
+class _Parts(list):
+    """Parts of a message, which a template that prints them as if they were text must not get as text."""
+
+    def __str__(self) -> str:
+        raise TypeError("it takes the content of a message as text, not as a list of parts")
+
+
 def _with_parts(conversation, placeholders) -> list[dict[str, Any]]:
     return [
         {
             "role": role,
-            "content": [
+            "content": _Parts(
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": part[0]} for part in parts
-            ],
+            ),
         }
         for role, parts in conversation
     ]
@@ -176,8 +183,18 @@ class _Shield:
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, model_cls: type):
         self._tokenizer = tokenizer
-        self._added = tokenizer.get_added_vocab()
-        literals = sorted(filter(None, self._added), key=len, reverse=True)
+        # Tokens that are added but not special are text to the model (runs of spaces, HTML tags), unless they place media.
+        placeholders = "".join(
+            model_cls.placeholder_str(modality, 1)
+            for modality in MULTIMODAL_REGISTRY.modalities(model_cls)
+            if hasattr(model_cls, "placeholder_str")
+        )
+        literals = {
+            added.content
+            for added in tokenizer.added_tokens_decoder.values()
+            if added.content and (added.special or added.content in placeholders)
+        }
+        literals = sorted(literals, key=len, reverse=True)
         self._literal = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
         self._mark = uuid.uuid4().hex
         self._marked = re.compile(f"\ue000{self._mark}:(\\d+)\ue001")

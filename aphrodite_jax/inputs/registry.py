@@ -29,7 +29,7 @@ class InputRegistry:
         self._dummy_data: ClassTable[DummyDataFunction] = ClassTable("dummy data function")
 
     def register_input_processor(self, function: InputProcessor) -> Decorator:
-        """Class decorator: ``function(ctx, inputs)`` returns new `LLMInputs` with expanded placeholders and their ranges.
+        """Class decorator: ``function(ctx, inputs)`` returns new `LLMInputs` with placeholders expanded.
 
         It gets a tuple of opened items for each modality of the prompt, and is called for prompts without media
         too. The default returns its inputs as they are.
@@ -79,7 +79,8 @@ class InputRegistry:
           RequestError: media that can't be opened or that the model does not take; an input processor that
             failed.
           PlaceholderError: placeholders and items do not match.
-          RegistrationError: an input processor that returned something else than `LLMInputs`.
+          RegistrationError: an input processor that returned something else than `LLMInputs` with the items that it
+            got and `PlaceholderRange` for them.
         """
         inputs = LLMInputs(
             prompt_token_ids=inputs.prompt_token_ids,
@@ -93,6 +94,7 @@ class InputRegistry:
             processed = call_model_function(function, name, InputContext(model_config), inputs)
             if not isinstance(processed, LLMInputs):
                 raise RegistrationError(f"{name} must return LLMInputs, got {type(processed).__name__}")
+            _check_items(inputs, processed, name)
             inputs = processed
         _check_placeholders(inputs, name)
         return inputs
@@ -122,6 +124,20 @@ class InputRegistry:
 
 def _default_dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
     return DummyData(prompt_token_ids=(0,) * seq_len)
+
+
+def _check_items(given: LLMInputs, processed: LLMInputs, name: str) -> None:
+    """Raise unless there are as many items of each modality as before, so that none is dropped in silence."""
+    for modality in {*given.multi_modal_data, *processed.multi_modal_data}:
+        before, items = given.multi_modal_data.get(modality, ()), processed.multi_modal_data.get(modality, ())
+        if not isinstance(items, list | tuple) or len(items) != len(before):
+            after = len(items) if isinstance(items, list | tuple) else type(items).__name__
+            raise RegistrationError(
+                f"{name} got {len(before)} {modality} items and returned {after}: it returns a tuple of as many"
+            )
+    for modality, ranges in processed.placeholders.items():
+        if not all(isinstance(span, PlaceholderRange) for span in ranges):
+            raise RegistrationError(f"{name} must return a PlaceholderRange for each {modality} item, got {ranges}")
 
 
 def _check_placeholders(inputs: LLMInputs, name: str) -> None:

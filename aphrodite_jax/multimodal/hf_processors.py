@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import transformers
+from flax.core import unfreeze
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, RegistrationError
@@ -54,7 +55,7 @@ def image_processor(model_config: ModelConfig) -> Any:
         raise ConfigError(
             _missing(name, "image", f"{type(processor).__name__} needs torchvision and has no PIL form")
         )
-    options = dict(model_config.mm_processor_kwargs)
+    options = unfreeze(model_config.mm_processor_kwargs)  # Hugging Face takes nested plain dicts alone
     known = set(getattr(type(processor), "valid_kwargs", transformers.ImagesKwargs).__annotations__) - _NOT_OPTIONS
     if unknown := sorted(set(options) - known):
         raise ConfigError(

@@ -105,7 +105,7 @@ def _frozen(value: Any, keyword: str) -> NestedArrays:
     if isinstance(value, list | tuple):
         return tuple(_frozen(element, keyword) for element in value)
     array = np.asarray(value)
-    if array.dtype.kind in "OSUMm":
+    if array.dtype.kind in "OSUMm" or issubclass(array.dtype.type, np.void):
         raise RegistrationError(f"{keyword}: number arrays are expected, got {type(value).__name__}")
     array = array.view()
     array.flags.writeable = False

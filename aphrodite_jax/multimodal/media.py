@@ -10,6 +10,8 @@ What every mode becomes:
 - all others (1-bit, grey, palette, CMYK, YCbCr, LAB, HSV) convert as Pillow converts them;
 - an EXIF orientation is applied, so that the picture is upright;
 - of a file with several frames the first is taken.
+
+Formats that hold another picture, of a size that their own header does not tell, are not opened.
 """
 
 import base64
@@ -31,6 +33,13 @@ from aphrodite_jax.errors import MediaError
 
 __all__ = ["open_image"]
 
+_NOT_OPENED = {
+    "BLP",  # these four may hold a whole JPEG or PNG of any size; ICO decodes it while it opens
+    "ICNS",
+    "ICO",
+    "IPTC",
+    "EPS",  # a program, which Pillow hands to Ghostscript
+}
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -57,13 +66,16 @@ def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
             f"got {type(source).__name__}"
         )
     content, name = _read(source, model_config)
+    Image.init()
+    formats = [known for known in Image.ID if known not in _NOT_OPENED]
     with _without_pillow_limit():
         try:
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=formats)
         except Exception as error:
-            raise MediaError(f"{name} is no image file that can be read: {_reason(error)}") from error
-    if image.format == "EPS":  # Pillow hands it to Ghostscript
-        raise MediaError(f"{name} is a PostScript program; convert it to PNG")
+            raise MediaError(
+                f"{name} is no image file that can be read (convert {', '.join(sorted(_NOT_OPENED))} to PNG): "
+                f"{_reason(error)}"
+            ) from error
     with image:
         return _decode(image, limit, name)
 
@@ -165,7 +177,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _from_wide_pixels(np.asarray(image))
     if image.mode == "La":  # Pillow has no direct way from premultiplied grey
         image = image.convert("LA")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -205,4 +217,5 @@ def _short(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

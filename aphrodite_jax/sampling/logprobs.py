@@ -27,10 +27,9 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: Float[Array, "R k"]
 
 
-def token_logprobs(
-    logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_logprobs: int
-) -> TokenLogprobs:
+def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], *, num_logprobs: int) -> TokenLogprobs:
     """Log-probability and rank of one token a row, and the ``num_logprobs`` (at most V) likeliest."""
+    logits = jnp.where(logits == 0, 0.0, logits)  # top_k would put 0 before -0
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
     ahead = (logits > chosen) | ((logits == chosen) & (ids < token_ids[:, None]))
@@ -41,8 +40,6 @@ def token_logprobs(
     )
 
 
-def prompt_logprobs(
-    logits: Float[Array, "T V"], target_ids: Int[Array, " T"], *, num_logprobs: int
-) -> TokenLogprobs:
+def prompt_logprobs(logits: Float[Array, "T V"], target_ids: Int[Array, " T"], *, num_logprobs: int) -> TokenLogprobs:
     """The same for prompt rows: ``target_ids[i]`` is the prompt's token after row i."""
     return token_logprobs(logits, target_ids, num_logprobs=num_logprobs)

@@ -1,7 +1,7 @@
 """One token a request: the general program, and the cheap one for plain greedy requests.
 
-The order is that of vLLM (docs of `SamplingParams`): bias and bans, penalties, temperature, min-p, top-k,
-top-p, draw.
+The order: bias and bans, penalties, temperature, top-k, top-p, min-p, draw. It is that of Hugging Face's
+``generate``; vLLM's second engine takes min-p before top-k.
 """
 
 from typing import NamedTuple

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.interval_attention import reference, xla
@@ -30,7 +31,8 @@ def interval_attention(
       soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)`` before masking.
       implementation: "reference" or "xla"; None picks by platform.
 
-    Softmax and accumulation are in float32. Differentiable.
+    Softmax and accumulation are in float32. What stands in a key or value that no row sees has no effect, NaN
+    included. Differentiable by q, k and v in reverse mode.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that is not there.
@@ -49,6 +51,8 @@ def _check(q, k, v, kv_start, kv_stop) -> None:
         raise ValueError(f"q and k differ in batch or head dimension: {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads can't share {k.shape[2]} key heads evenly: {shapes}")
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
+        raise ValueError(f"q, k and v are floating point, got {q.dtype}, {k.dtype}, {v.dtype}")
     if kv_start.shape != q.shape[:2] or kv_stop.shape != q.shape[:2]:
         raise ValueError(f"expected intervals [B, T]: {shapes}")
     if kv_start.dtype != "int32" or kv_stop.dtype != "int32":

@@ -1,48 +1,225 @@
-"""Attention with row intervals in plain XLA: blocks of queries by blocks of keys, an online softmax between.
+"""Attention with row intervals in plain XLA: blocks of queries by the blocks of keys that they see.
 
-Memory is linear in tokens: one ``block_q x block_k`` tile of scores a head is alive at a time. Online softmax:
-Milakov and Gimelshein, https://arxiv.org/abs/1805.02867.
+Memory is linear in tokens: one tile of scores is alive at a time, forward and backward; the backward pass makes
+the scores of a tile again from the rows' log-sums (FlashAttention-2, https://arxiv.org/abs/2307.08691). Attention
+that fits one tile has no loop at all.
 """
+
+import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
-from kernels_pallas.online_softmax import SoftmaxState, finish, init_state, update
+from kernels_pallas.online_softmax import (
+    LOWEST,
+    finish,
+    init_state,
+    log_total,
+    scores,
+    seen_keys,
+    update,
+)
+
+BLOCK_Q, BLOCK_K = 320, 320
+"""Rows and keys of a tile at most."""
+TILE_SCORES = 2**18
+"""Scores of a tile, all heads, at most, where splitting the batch does it: 1 MiB, to stay in cache."""
 
 
-def interval_attention(q, k, v, kv_start, kv_stop, *, scale, soft_cap=None, block_q=256, block_k=512):
+class _Blocks(NamedTuple):
+    """Rows, keys and scores of a tile, and how scores are made."""
+
+    rows: int
+    keys: int
+    tile_scores: int
+    scale: float
+    soft_cap: float | None
+
+
+def interval_attention(
+    q,
+    k,
+    v,
+    kv_start,
+    kv_stop,
+    *,
+    scale,
+    soft_cap=None,
+    block_q=BLOCK_Q,
+    block_k=BLOCK_K,
+    tile_scores=TILE_SCORES,
+):
     """See `kernels_pallas.interval_attention.interval_attention`."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    block_q, block_k = min(block_q, T), min(block_k, S)
-    num_q, num_k = -(-T // block_q), -(-S // block_k)
-    q, kv_start, kv_stop = (_pad(x, num_q * block_q) for x in (q, kv_start, kv_stop))
-    k, v = (_pad(x, num_k * block_k) for x in (k, v))
-    q = jnp.moveaxis(q.reshape(B, num_q, block_q, K, N // K, H), 1, 0)
-    kv_start, kv_stop = (jnp.moveaxis(x.reshape(B, num_q, block_q), 1, 0) for x in (kv_start, kv_stop))
-    k, v = (jnp.moveaxis(x.reshape(B, num_k, block_k, K, H), 1, 0) for x in (k, v))
-    offsets = jnp.arange(num_k, dtype=jnp.int32) * block_k
-
-    def query_block(args):
-        q_block, start, stop = args
-
-        @jax.checkpoint
-        def key_block(state: SoftmaxState, xs):
-            k_block, v_block, offset = xs
-            return update(
-                state, q_block, k_block, v_block, offset, start, stop, scale=scale, soft_cap=soft_cap
-            ), None
-
-        state, _ = jax.lax.scan(key_block, init_state(q_block), (k, v, offsets))
-        return finish(state, q_block.dtype)
-
-    if num_q == 1:
-        out = query_block((q[0], kv_start[0], kv_stop[0]))[None]
-    else:
-        out = jax.lax.map(query_block, (q, kv_start, kv_stop))
-    return jnp.moveaxis(out, 0, 1).reshape(B, num_q * block_q, N, H)[:, :T]
+    if 0 in (B, T, S):
+        return jnp.zeros_like(q)
+    rows, keys = _even(T, block_q), _even(S, block_k)
+    q, kv_start, kv_stop = (_pad(x, rows) for x in (q, kv_start, kv_stop))
+    k, v = (_pad(x, keys) for x in (k, v))
+    q = q.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    out = _attention(_Blocks(rows, keys, tile_scores, scale, soft_cap), q, k, v, kv_start, kv_stop)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)[:, :T]
 
 
-def _pad(x, length):
-    """Zeros after axis 1 up to ``length``; padded rows have empty intervals."""
-    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+def _even(length: int, most: int) -> int:
+    """Size of equal blocks of at most ``most`` that cover ``length``: 577 in blocks of 256 at most is 3 of 193."""
+    return math.ceil(length / math.ceil(length / most))
+
+
+def _pad(x, block: int):
+    """Zeros after axis 1 up to whole blocks; padded rows have empty intervals."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(blocks: _Blocks, q, k, v, start, stop):
+    """Attention of ``[B, K, N // K, T, H]`` on ``[B, K, S, H]``, whole blocks."""
+    return _forward(blocks, q, k, v, start, stop)[0]
+
+
+def _attention_fwd(blocks, q, k, v, start, stop):
+    out, log_sums = _forward(blocks, q, k, v, start, stop)
+    return out, (q, k, v, start, stop, out, log_sums)
+
+
+def _attention_bwd(blocks, residuals, d_out):
+    q, k, v, start, stop, out, log_sums = residuals
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dq, dk, dv = _backward(blocks, q, k, v, start, stop, log_sums, delta, d_out)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _batched(function):
+    """``function(blocks, *arrays)`` over tiles of the batch; `jax.vmap` of it makes the batch larger.
+
+    A mapped axis would otherwise turn the bounds of the loops below into masks over all that they carry.
+    """
+
+    def over_batch(blocks, *arrays):
+        B, K, G = arrays[0].shape[:3]
+        most = max(1, blocks.tile_scores // (K * G * blocks.rows * blocks.keys))
+        batch = next(b for b in range(min(B, most), 0, -1) if B % b == 0)
+        if batch == B:
+            return function(blocks, *arrays)
+        arrays = [x.reshape(-1, batch, *x.shape[1:]) for x in arrays]
+        out = jax.lax.map(lambda tile: function(blocks, *tile), arrays)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+    def call(blocks, *arrays):
+        inner = custom_vmap(partial(over_batch, blocks))
+
+        @inner.def_vmap
+        def fold(axis_size, in_batched, *arrays):
+            arrays = [
+                x if batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+                for x, batched in zip(arrays, in_batched, strict=True)
+            ]
+            out = call(blocks, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
+            out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return inner(*arrays)
+
+    return call
+
+
+@_batched
+def _forward(blocks, q, k, v, start, stop):
+    """Output and log-sums of a tile of the batch."""
+    num_rows, num_keys = q.shape[3] // blocks.rows, k.shape[2] // blocks.keys
+    kwargs = {"scale": blocks.scale, "soft_cap": blocks.soft_cap}
+
+    def query_block(i):
+        q_block = _cut(q, i, blocks.rows, 3)
+        begin, end = (_cut(x, i, blocks.rows, 1) for x in (start, stop))
+
+        def key_block(j, state):
+            k_block, v_block = (_cut(x, j, blocks.keys, 2) for x in (k, v))
+            return update(state, q_block, k_block, v_block, j * blocks.keys, begin, end, **kwargs)
+
+        if num_keys == 1:
+            state = key_block(0, None)
+        else:
+            first, last = _bounds(begin, end, blocks.keys)
+            state = jax.lax.fori_loop(first, last, key_block, init_state(q_block))
+        return finish(state, begin, end, q.dtype), log_total(state, begin, end)
+
+    if num_rows == 1:
+        return query_block(0)
+    out, log_sums = jax.lax.map(query_block, jnp.arange(num_rows, dtype=jnp.int32))
+    return jnp.moveaxis(out, 0, 3).reshape(q.shape), jnp.moveaxis(log_sums, 0, 3).reshape(q.shape[:-1])
+
+
+@_batched
+def _backward(blocks, q, k, v, start, stop, log_sums, delta, d_out):
+    """Gradients by q, k and v of a tile of the batch, float32."""
+    num_rows, num_keys = q.shape[3] // blocks.rows, k.shape[2] // blocks.keys
+    if num_rows == num_keys == 1:
+        dq, dk, dv = _tile_gradients(blocks, q, d_out, log_sums, delta, start, stop, k, v, 0)
+        return dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3)
+
+    def query_block(carry, i):
+        q_block = [_cut(x, i, blocks.rows, 3) for x in (q, d_out, log_sums, delta)]
+        begin, end = (_cut(x, i, blocks.rows, 1) for x in (start, stop))
+
+        def key_block(j, carry):
+            k_block, v_block = (_cut(x, j, blocks.keys, 2) for x in (k, v))
+            new = _tile_gradients(blocks, *q_block, begin, end, k_block, v_block, j)
+            return carry[0] + new[0], _add(carry[1], j, new[1]), _add(carry[2], j, new[2])
+
+        first, last = _bounds(begin, end, blocks.keys)
+        dq = jnp.zeros(q_block[0].shape, jnp.float32)
+        dq, *carry = jax.lax.fori_loop(first, last, key_block, (dq, *carry))
+        return tuple(carry), dq
+
+    zeros = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
+    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(num_rows, dtype=jnp.int32))
+    return jnp.moveaxis(dq, 0, 3).reshape(q.shape), jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3)
+
+
+def _tile_gradients(blocks, q, d_out, log_sum, delta, start, stop, k, v, j):
+    """What one tile adds to the gradients by q ``[.., T, H]``, and by k and v with keys last ``[.., H, S]``.
+
+    Keys last, since the product then runs over the weights' rows as they lie.
+    """
+    seen = seen_keys(start, stop, j * blocks.keys, k.shape[2])
+    used = seen.any(axis=1)[:, None, :, None]
+    k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))  # unseen slots may hold NaN
+    raw = scores(q, k, scale=blocks.scale, soft_cap=blocks.soft_cap)
+    weights = jnp.exp(jnp.where(seen[:, None, None], raw, LOWEST) - log_sum[..., None])
+    d_weights = jnp.einsum("bkgth,bksh->bkgts", d_out, v, preferred_element_type=jnp.float32)
+    d_scores = weights * (d_weights - delta[..., None]) * jnp.float32(blocks.scale)
+    if blocks.soft_cap is not None:
+        d_scores = d_scores * (1 - jnp.square(raw / jnp.float32(blocks.soft_cap)))
+    d_scores, weights = d_scores.astype(k.dtype), weights.astype(d_out.dtype)
+    dq = jnp.einsum("bkgts,bksh->bkgth", d_scores, k, preferred_element_type=jnp.float32)
+    dk = jnp.einsum("bkgth,bkgts->bkhs", q, d_scores, preferred_element_type=jnp.float32)
+    dv = jnp.einsum("bkgth,bkgts->bkhs", d_out, weights, preferred_element_type=jnp.float32)
+    return dq, dk, dv
+
+
+def _bounds(start, stop, block: int):
+    """First and past-the-last block of keys that any of the rows sees."""
+    occupied = stop > start
+    first = jnp.min(jnp.where(occupied, start, jnp.iinfo(jnp.int32).max)) // block
+    return first, -(-jnp.max(jnp.where(occupied, stop, 0)) // block)
+
+
+def _cut(x, i, size: int, axis: int):
+    """Block ``i`` of ``size`` along ``axis``."""
+    return x if x.shape[axis] == size else jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _add(total, j, block):
+    """``total`` with ``block`` added at its place along the last axis."""
+    size = block.shape[-1]
+    there = jax.lax.dynamic_slice_in_dim(total, j * size, size, -1)
+    return jax.lax.dynamic_update_slice_in_dim(total, there + block, j * size, -1)

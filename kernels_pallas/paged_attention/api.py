@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.paged_attention import reference, xla
@@ -40,15 +41,15 @@ def paged_attention(
         and give zeros.
       scale, soft_cap, implementation: as in `kernels_pallas.interval_attention`.
 
+    Slots that no row sees may hold anything, NaN included. Not differentiable.
+
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that is not there.
     """
     _check(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop)
     chosen = select(implementation, IMPLEMENTATIONS)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return chosen(
-        q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop, scale=scale, soft_cap=soft_cap
-    )
+    return chosen(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop, scale=scale, soft_cap=soft_cap)
 
 
 def _check(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop) -> None:
@@ -57,14 +58,20 @@ def _check(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop) -
         raise ValueError(f"expected q [T, N, H] and pages [P, page_size, K, H], got {shapes}")
     if q.shape[1] % k_pages.shape[2]:
         raise ValueError(f"{q.shape[1]} query heads can't share {k_pages.shape[2]} key heads evenly: {shapes}")
-    if block_tables.ndim != 2 or tile_request.ndim != 1 or q.shape[0] % tile_request.shape[0]:
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k_pages, v_pages)):
+        raise ValueError(f"q and pages are floating point, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
+    if block_tables.ndim != 2 or tile_request.ndim != 1 or q.shape[0] % max(1, tile_request.shape[0]):
         raise ValueError(
             f"expected block_tables [R, M] and tile_request [G] with G dividing T = {q.shape[0]}, got "
             f"{block_tables.shape} and {tile_request.shape}"
         )
     if kv_start.shape != q.shape[:1] or kv_stop.shape != q.shape[:1]:
         raise ValueError(f"expected intervals [T = {q.shape[0]}], got {kv_start.shape}, {kv_stop.shape}")
-    for name, x in {"block_tables": block_tables, "tile_request": tile_request, "kv_start": kv_start,
-                    "kv_stop": kv_stop}.items():
+    for name, x in {
+        "block_tables": block_tables,
+        "tile_request": tile_request,
+        "kv_start": kv_start,
+        "kv_stop": kv_stop,
+    }.items():
         if x.dtype != "int32":
             raise ValueError(f"{name} is int32, got {x.dtype}")

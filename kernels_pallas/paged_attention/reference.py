@@ -5,16 +5,11 @@ import jax.numpy as jnp
 from kernels_pallas.interval_attention import reference as dense
 
 
-def paged_attention(
-    q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop, *, scale, soft_cap=None
-):
+def paged_attention(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop, *, scale, soft_cap=None):
     """See `kernels_pallas.paged_attention.paged_attention`; gathers all keys of every row."""
     rows_per_tile = q.shape[0] // tile_request.shape[0]
     tables = block_tables[jnp.repeat(tile_request, rows_per_tile)]  # [T, M]
     k, v = (pages[tables].reshape(len(q), -1, *pages.shape[2:]) for pages in (k_pages, v_pages))
-    seen = jnp.arange(k.shape[1])
-    seen = (kv_start[:, None] <= seen) & (seen < kv_stop[:, None])
-    k, v = (jnp.where(seen[:, :, None, None], x, 0) for x in (k, v))  # unused slots may hold NaN
     out = dense.interval_attention(
         q[:, None], k, v, kv_start[:, None], kv_stop[:, None], scale=scale, soft_cap=soft_cap
     )

@@ -1,4 +1,5 @@
-"""An LLM without a model: answers depend on the prompt and the seed alone, and come out of order."""
+"""An LLM without a model. Answers come out of order, and their last digits, as those of real programs, depend
+on how many requests run in the same steps and on what the encoder cache holds."""
 
 import collections
 import json
@@ -6,36 +7,26 @@ import time
 import zlib
 from pathlib import Path
 
-from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import MediaError, PromptTooLongError
 from aphrodite_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
 CONTEXT_LENGTH = 64
 
 
-class FakeTokenizer:
-    """A chat template that writes roles and texts, and one token a character."""
-
-    chat_template = "fake"
-
-    def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=True, **_):
-        assert not tokenize
-        lines = []
-        for message in messages:
-            parts = message["content"]
-            text = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
-            lines.append(f"{message['role']}: {text}")
-        return "\n".join([*lines, "assistant:"] if add_generation_prompt else lines)
-
-
 class FakeEngine:
     """Runs ``max_num_seqs`` requests at a time; one takes 1 to 9 steps, as its prompt's checksum says."""
 
     def __init__(self, max_num_seqs: int, step_seconds: float):
-        self.max_num_seqs, self.step_seconds = max_num_seqs, step_seconds
+        self.engine_config = EngineConfig(max_num_seqs=max_num_seqs)
+        self.step_seconds = step_seconds
         self.waiting, self.running = collections.deque(), {}
+        self.num_encoded = 0
         self.most_at_once = 0
         self.num_steps = 0
+
+    def reset_encoder_cache(self):
+        self.num_encoded = 0
 
     def add_request(self, request_id, prompt, sampling_params):
         prompt = prompt if isinstance(prompt, dict) else {"prompt": prompt}
@@ -50,15 +41,17 @@ class FakeEngine:
     def step(self):
         time.sleep(self.step_seconds)
         self.num_steps += 1
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self.running) < self.engine_config.max_num_seqs:
             request_id, text, params = self.waiting.popleft()
-            self.running[request_id] = [zlib.crc32(text.encode()) % 9 + 1, text, params]
-        outputs = []
+            self.num_encoded += 1
+            self.running[request_id] = [zlib.crc32(text.encode()) % 9 + 1, text, params, [self.num_encoded]]
+        outputs, batch_size = [], len(self.running)
         for request_id, state in list(self.running.items()):
             state[0] -= 1
+            state[3].append(batch_size)
             if state[0] == 0:
                 del self.running[request_id]
-            outputs.append(_output(request_id, state[1], state[2], finished=state[0] == 0))
+            outputs.append(_output(request_id, *state[1:], finished=state[0] == 0))
         return outputs
 
     def abort_request(self, request_id):
@@ -76,15 +69,17 @@ class FakeLLM:
         config["max_position_embeddings"] = CONTEXT_LENGTH
         (directory / "config.json").write_text(json.dumps(config))
         self.model_config = ModelConfig(model=str(directory), seed=seed)
-        self.tokenizer = FakeTokenizer()
         self.engine = FakeEngine(max_num_seqs, step_seconds)
 
+    def render_chat(self, messages):
+        return {"prompt": "\n".join(f"{message['role']}: {message['content']}" for message in messages)}
 
-def _output(request_id, text, params, *, finished):
+
+def _output(request_id, text, params, history, *, finished):
     if finished and "too long" in text:
         error = PromptTooLongError("the prompt has 99 tokens")
         return RequestOutput(request_id=request_id, prompt=text, finished=True, error=error)
-    answer = f"{zlib.crc32(f'{text}{params.seed}'.encode()):08x}{'é' * (params.max_tokens == 7)}"
+    answer = f"{zlib.crc32(f'{text}{params.seed}{history}'.encode()):08x}{'é' * (params.max_tokens == 7)}"
     if not finished:
         half = CompletionOutput(index=0, text=answer[:4], token_ids=(1,))
         return RequestOutput(request_id=request_id, prompt=text, prompt_token_ids=(1, 2), outputs=(half,))

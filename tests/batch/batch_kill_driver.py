@@ -25,21 +25,28 @@ def run(llm: FakeLLM, directory: Path) -> None:
     print(f"{report.num_resumed} resumed", flush=True)
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def main(directory: Path, seed: int) -> None:
     warnings.simplefilter("ignore")  # jax warns of forks; no device is used here
-    rng = random.Random(seed)
+    rng, answers = random.Random(seed), directory / "answers.jsonl"
     llm = FakeLLM(directory / "model", step_seconds=0.002)
     assert llm.model_config.context_length  # read here, for all
-    for _ in range(KILLS):
+    for kill in range(KILLS):
+        # Every other run is killed as early as may be, the rest only when it has written something.
+        enough = size_of(answers) + rng.randrange(1, 8000) if kill % 2 else 0
         child = os.fork()
         if child == 0:
             run(llm, directory)
             os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.12))
+        while size_of(answers) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        size = (directory / "answers.jsonl").stat().st_size if (directory / "answers.jsonl").exists() else 0
-        print(f"killed: {os.WIFSIGNALED(status)} at {size} bytes", flush=True)
+        print(f"killed: {os.WIFSIGNALED(status)} at {size_of(answers)} bytes", flush=True)
     run(llm, directory)
 
 

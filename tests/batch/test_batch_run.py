@@ -1,13 +1,14 @@
 """A whole job with an LLM that needs no model: what comes out, in which order, with how much in flight."""
 
 import json
+import shutil
 import tracemalloc
 
 import pytest
 from batch_fakes import FakeLLM, chat_line, completion_line, read_answers, write_requests
 
-from aphrodite_jax.batch import BatchReport, run_batch
-from aphrodite_jax.batch.run import LINES_AHEAD
+from aphrodite_jax.batch import BatchReport, answer_job, open_job, run_batch
+from aphrodite_jax.batch.run import GROUP_ROUNDS
 from aphrodite_jax.errors import BatchError
 
 
@@ -54,27 +55,38 @@ def test_logprobs_have_the_format_of_the_api(llm, tmp_path):
 
 
 def test_answers_stand_in_the_order_of_the_input(llm, tmp_path):
-    run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(100)], max_in_flight=5)
+    run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(100)])
     answers = read_answers(tmp_path / "answers.jsonl")
     assert [line["custom_id"] for line in answers] == [f"r{i}" for i in range(100)]
     assert len({line["response"]["body"]["choices"][0]["text"] for line in answers}) == 100
 
 
-def test_answers_do_not_depend_on_what_runs_at_the_same_time(tmp_path):
-    lines = [chat_line(f"r{i}", f"p{i}", temperature=1) for i in range(20)]
-    for name, max_num_seqs, in_flight in (("one", 1, 1), ("four", 4, 32)):
-        llm = FakeLLM(tmp_path / "model", max_num_seqs=max_num_seqs)
-        requests = write_requests(tmp_path / "requests.jsonl", lines)
-        run_batch(llm, requests, tmp_path / name, max_in_flight=in_flight, show_progress=False)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "four").read_bytes()
+def test_answers_do_not_depend_on_where_a_run_began(tmp_path):
+    size = 4 * GROUP_ROUNDS
+    requests = write_requests(
+        tmp_path / "requests.jsonl", [chat_line(f"r{i}", f"p{i}") for i in range(3 * size)]
+    )
+
+    def run(name):
+        run_batch(
+            FakeLLM(tmp_path / "model"), requests, tmp_path / name, served_model_names=("m",), show_progress=False
+        )
+        return (tmp_path / name).read_bytes()
+
+    whole = run("whole")
+    for count in (1, size - 1, size, size + 1, 3 * size - 1):
+        shutil.copy(tmp_path / "whole.job.json", tmp_path / f"{count}.job.json")
+        lines = whole.splitlines(keepends=True)[:count]
+        (tmp_path / f"{count}").write_bytes(b"".join(lines))
+        assert run(f"{count}") == whole
 
 
-def test_requests_are_refilled_as_others_finish(tmp_path):
-    llm = FakeLLM(tmp_path / "model", max_num_seqs=4)
-    run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(200)], max_in_flight=8)
+def test_requests_are_refilled_as_others_finish(llm, tmp_path):
+    lines = [completion_line(f"r{i}", f"p{i}") for i in range(16 * GROUP_ROUNDS)]
+    run(llm, tmp_path, lines)
     assert llm.engine.most_at_once == 8
-    # 200 requests of 5 steps on average in 4 places: chunk by chunk it would take 9 steps for each 4.
-    assert llm.engine.num_steps < 300
+    # Requests of 5 steps on average in 4 places: one set of 4 after the other would take over 7 steps each.
+    assert llm.engine.num_steps < 6 * len(lines) / 4
 
 
 def test_a_bad_line_gets_its_own_error_and_leaves_the_others_alone(llm, tmp_path):
@@ -134,28 +146,32 @@ def test_strange_ids_and_texts_survive(llm, tmp_path):
     assert [line["custom_id"] for line in read_answers(tmp_path / "answers.jsonl")] == names
 
 
-def test_lines_behind_a_slow_one_do_not_pile_up(tmp_path):
-    class StuckEngine(FakeLLM(tmp_path / "model").engine.__class__):
-        """Never finishes the first request, and stops the test when that has gone on for long."""
+def test_an_input_that_changes_under_the_run_is_noticed(llm, tmp_path):
+    requests = write_requests(tmp_path / "requests.jsonl", [completion_line(f"r{i}") for i in range(9)])
+    with open_job(requests, tmp_path / "answers.jsonl", model_config=llm.model_config) as job:
+        write_requests(requests, [completion_line("r0")])
+        with pytest.raises(BatchError, match="changed while it was read"):
+            answer_job(llm, job, show_progress=False)
 
-        def step(self):
-            if self.num_steps == 1000:
-                raise KeyboardInterrupt
-            held = self.running.get("batch-1")
-            if held:
-                held[0] += 1
-            return super().step()
 
-    llm = FakeLLM(tmp_path / "model")
-    llm.engine = StuckEngine(4, 0.0)
-    added = []
-    add_request = llm.engine.add_request
-    llm.engine.add_request = lambda name, *rest: (added.append(name), add_request(name, *rest))
+def test_what_is_unfinished_is_aborted(llm, tmp_path, monkeypatch):
+    step = llm.engine.step
+
+    def interrupted():
+        if llm.engine.num_steps == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(500)], max_in_flight=4)
-    assert len(added) == 4 * LINES_AHEAD
+        run(llm, tmp_path, [completion_line(f"r{i}", f"p{i}") for i in range(50)])
     assert not llm.engine.has_unfinished_requests()
-    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_an_engine_that_loses_requests_is_noticed(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm.engine, "has_unfinished_requests", lambda: False)
+    with pytest.raises(RuntimeError, match="lost batch-1"):
+        run(llm, tmp_path, [completion_line("a")])
 
 
 def test_memory_does_not_grow_with_the_input(llm, tmp_path):
@@ -165,7 +181,7 @@ def test_memory_does_not_grow_with_the_input(llm, tmp_path):
         requests = write_requests(tmp_path / f"{count}.jsonl", lines)
         del lines
         tracemalloc.start()
-        run_batch(llm, requests, tmp_path / f"{count}.out", max_in_flight=4, show_progress=False)
+        run_batch(llm, requests, tmp_path / f"{count}.out", show_progress=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000  # 1,800 more lines are 4 MB of input and 0.6 MB of output

@@ -38,17 +38,14 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def kept_tokens(logits: np.ndarray, *, temperature, top_k, top_p, min_p) -> set[int]:
     """Tokens that may be drawn."""
     p = probabilities(logits / temperature)
-    ordered = [token for token in order(logits) if p[token] >= min_p * p.max()]
+    ordered = order(logits)
     if top_k > 0:
         ordered = ordered[:top_k]
-    mass = sum(p[token] for token in ordered)
-    kept, reached = set(), 0.0
-    for token in ordered:
-        if kept and reached >= top_p * mass:
-            break
-        kept.add(token)
-        reached += p[token]
-    return kept
+    if top_p < 1:
+        mass = sum(p[token] for token in ordered)
+        reached = np.cumsum([p[token] for token in ordered])
+        ordered = ordered[: 1 + int((reached < top_p * mass).sum())]
+    return {token for token in ordered if p[token] >= min_p * p.max()}
 
 
 def gumbel(seed: int, step: int, vocab_size: int) -> np.ndarray:

@@ -114,9 +114,7 @@ def test_the_bias_width_holds_the_most_that_is_admitted():
     check_sampling_params(SamplingParams(**params), vocab_size=V, end_token_ids=(V - 1,))
     batch = build(row(end=(V - 1,), **params))
     assert (batch.bias_ids[0] < V).sum() == BIAS_WIDTH
-    with pytest.raises(
-        RequestError, match=rf"at most {MAX_BANNED_TOKENS} .* here are {MAX_BANNED_TOKENS + 1}"
-    ):
+    with pytest.raises(RequestError, match=rf"at most {MAX_BANNED_TOKENS} .* here are {MAX_BANNED_TOKENS + 1}"):
         check_sampling_params(SamplingParams(**params), vocab_size=V, end_token_ids=(V - 1, V - 2))
 
 

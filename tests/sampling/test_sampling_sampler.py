@@ -32,9 +32,7 @@ def row(prompt=(), output=(), end=(), seed=0, **params):
 
 
 def build(rows, num_rows=None, vocab_size=V):
-    return build_sampling_batch(
-        rows, num_rows=num_rows or len(rows), vocab_size=vocab_size, history_width=HISTORY
-    )
+    return build_sampling_batch(rows, num_rows=num_rows or len(rows), vocab_size=vocab_size, history_width=HISTORY)
 
 
 def tokens(logits, rows, num_rows=None):
@@ -96,8 +94,9 @@ def test_candidates_equal_the_reference(problem):
         options["temperature"] = max(r.params.temperature, 1e-5)
         z = z.astype(np.float64)
         # Where a sum of float32 stands within rounding of top_p, either answer is right.
-        least = reference.kept_tokens(z, top_p=r.params.top_p * (1 - 1e-5), **options)
-        most = reference.kept_tokens(z, top_p=min(1.0, r.params.top_p * (1 + 1e-5)), **options)
+        top_p, rounding = r.params.top_p, 1e-5 * (r.params.top_p < 1)
+        least = reference.kept_tokens(z, top_p=top_p * (1 - rounding), **options)
+        most = reference.kept_tokens(z, top_p=min(1.0, top_p * (1 + rounding)), **options)
         assert least <= set(np.flatnonzero(got).tolist()) <= most
 
 
@@ -259,9 +258,7 @@ def test_a_ban_outweighs_every_bias_and_penalty():
     assert tokens(logits, [row(output=(3, 3), **options)]) == [3]
 
 
-@pytest.mark.parametrize(
-    "params", [{"top_p": 1e-30}, {"top_k": 1}, {"top_k": 1, "top_p": 0.1}, {"top_p": 1e-300}]
-)
+@pytest.mark.parametrize("params", [{"top_p": 1e-30}, {"top_k": 1}, {"top_k": 1, "top_p": 0.1}, {"top_p": 1e-300}])
 def test_the_smallest_filters_are_greedy_even_among_equals(params):
     logits = np.zeros((32, V), np.float32)
     logits[:, [7, 21]] = 1.0

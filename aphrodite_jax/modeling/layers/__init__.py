@@ -1,0 +1,1 @@
+"""Pieces that model families share."""

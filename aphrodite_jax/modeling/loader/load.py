@@ -105,7 +105,8 @@ def _read(name: str, tensor: StoredTensor, parameter: Parameter) -> jax.Array:
                 f"{name} ({tensor.dtype}) has numbers past the range of float16; load with dtype='bfloat16' "
                 "or 'float32'"
             )
-    return jax.device_put(array)
+    # Transfers run in the background and hold their array: without the wait, many could pile up in host memory.
+    return jax.block_until_ready(jax.device_put(array))
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

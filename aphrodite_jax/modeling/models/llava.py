@@ -5,6 +5,8 @@ strategy "default" drops, with the first patch of a SigLIP tower, as Hugging Fac
 the rows as wide as the language model; they replace one ``<image>`` token each, under a plain causal mask.
 """
 
+import copy
+
 import jax.numpy as jnp
 import transformers
 from flax import nnx
@@ -118,7 +120,9 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
         kw = {"dtype": dtype, "rngs": rngs}
         self.vision_tower = _tower_class(config)(config.vision_config, **kw)
         self.multi_modal_projector = LlavaMultiModalProjector(config, **kw)
-        self.language_model = _language_model_class(config)(config.text_config, **kw)
+        text_config = copy.deepcopy(config.text_config)
+        text_config.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides, as in Hugging Face
+        self.language_model = _language_model_class(config)(text_config, **kw)
 
     @staticmethod
     def mask_specs(config) -> dict[str, MaskSpec]:

@@ -37,9 +37,9 @@ class AudioPlugin(MultiModalPlugin):
                 "an audio item is (waveform, sampling rate): an array [samples] and a number of hertz; "
                 f"got {type(item).__name__}"
             )
-        waveform, rate = np.asarray(item[0]), int(item[1])
-        if rate < 1:
-            raise MediaError(f"a sampling rate is a number of hertz above 0, got {rate}")
+        waveform, rate = np.asarray(item[0]), item[1]
+        if not 1 <= rate < np.inf or rate != int(rate):
+            raise MediaError(f"a sampling rate is a whole number of hertz above 0, got {rate}")
         if waveform.dtype.kind == "i":
             waveform = waveform.astype(np.float32) / -float(np.iinfo(waveform.dtype).min)
         if waveform.ndim != 1 or not is_floating(waveform) or not waveform.size or not np.isfinite(waveform).all():
@@ -47,7 +47,7 @@ class AudioPlugin(MultiModalPlugin):
                 f"a waveform is mono [samples], float in [-1, 1] or signed integers, got {waveform.dtype}"
                 f"{list(waveform.shape)} (average the channels of a stereo recording)"
             )
-        return waveform.astype(np.float32), rate
+        return waveform.astype(np.float32), int(rate)
 
     def default_mapper(self, ctx: InputContext, items: Sequence[tuple[np.ndarray, int]]) -> MultiModalInputs:
         """``input_features`` or what the feature extractor calls them."""

@@ -79,7 +79,8 @@ def check_embeddings(array: np.ndarray, model_config: ModelConfig, modality: str
         raise MediaError(
             f"{modality} embeddings of one item are [rows, {width}] for this model, got {list(array.shape)}"
         )
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise MediaError(f"{modality} embeddings hold values that are not finite")
     return array

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.multimodal.context import InputContext
@@ -52,13 +50,14 @@ class ImagePlugin(MultiModalPlugin):
         return items_of(features, len(items), "the image processor")
 
     def default_max_tokens(self, ctx: InputContext) -> int:
-        """``image_seq_length``, else the patches of the vision tower and a class token."""
+        """The patches of the vision tower and a class token; ``image_seq_length`` where the config has no such tower.
+
+        The tower goes first, since Hugging Face's configs have an ``image_seq_length`` even where nobody set it.
+        """
         config = ctx.get_hf_config()
-        length = getattr(config, "image_seq_length", None)
-        if isinstance(length, int):
-            return length
         vision = getattr(config, "vision_config", None)
         size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
         if isinstance(size, int) and isinstance(patch, int):
-            return int(np.square(size // patch)) + 1
-        return super().default_max_tokens(ctx)
+            return (size // patch) ** 2 + 1
+        length = getattr(config, "image_seq_length", None)
+        return length if isinstance(length, int) else super().default_max_tokens(ctx)

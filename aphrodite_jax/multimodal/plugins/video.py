@@ -37,6 +37,7 @@ class VideoPlugin(MultiModalPlugin):
         if array is not None and is_floating(array):
             return check_embeddings(array, model_config, self.modality)
         if array is not None and array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and array.size:
+            open_image(array[0], model_config)  # the frames' size is checked as an image's
             return array
         if isinstance(item, str | Path | bytes) or not isinstance(item, list | tuple | np.ndarray) or not len(item):
             raise MediaError(

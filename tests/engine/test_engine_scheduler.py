@@ -1,0 +1,276 @@
+"""The scheduler against a device that only remembers: what stands in each slot, and in each encoder row."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from aphrodite_jax.engine.admission import prompt_intervals
+from aphrodite_jax.engine.block_manager import BlockManager
+from aphrodite_jax.engine.encoder_cache import EncoderCache
+from aphrodite_jax.engine.scheduler import Scheduler
+from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt, Sequence, SequenceStatus
+from aphrodite_jax.errors import RequestError
+from aphrodite_jax.inputs import PlaceholderRange
+from aphrodite_jax.modeling.models.interfaces import MaskSpec
+from aphrodite_jax.sampling_params import SamplingParams
+
+PAGE_SIZE = 4
+TILE = 4
+BUDGET = 16
+MAX_TOKENS = 40  # of a sequence; the pages hold at least one such
+ENCODER_ROWS = 14
+MASKS = {
+    "causal": {"full": MaskSpec()},
+    "spans": {"full": MaskSpec(bidirectional=("image",)), "sliding": MaskSpec(window=5)},
+    "prefix": {"full": MaskSpec(prefix=True)},
+}
+
+
+def sequence(name, length, media=(), masks="causal"):
+    """``media``: content hash, offset and rows of each item."""
+    items = tuple(
+        MediaItem(modality="image", content_hash=h, placeholder=PlaceholderRange(offset, rows))
+        for h, offset, rows in media
+    )
+    ranges = {"image": [item.placeholder for item in items]}
+    prompt = PreparedPrompt(
+        text=None,
+        token_ids=np.arange(length, dtype=np.int32),
+        intervals=prompt_intervals(MASKS[masks], length, ranges),
+        media=items,
+    )
+    return Sequence(name, prompt, SamplingParams(), seed=0, mask_specs=MASKS[masks], detokenizer=None)
+
+
+class Device:
+    """Runs plans as the engine does, and checks that all they need is there."""
+
+    def __init__(self, num_pages=20, max_num_seqs=3, encoder_rows=ENCODER_ROWS):
+        self.num_pages, self.max_num_seqs, self.encoder_rows = num_pages, max_num_seqs, encoder_rows
+        self.scheduler = Scheduler(
+            BlockManager(num_pages, PAGE_SIZE),
+            EncoderCache(encoder_rows),
+            max_num_seqs=max_num_seqs,
+            token_budget=BUDGET,
+            tile_size=TILE,
+        )
+        self.slots = [None] * (num_pages * PAGE_SIZE)  # (sequence, position) whose keys and values stand there
+        self.rows = [None] * encoder_rows  # (content hash, row of the item)
+
+    def step(self):
+        """One step; the plan, or None at the end."""
+        running = list(self.scheduler.running)
+        plan = self.scheduler.schedule()
+        self.check_preempted(running)
+        if plan is None:
+            assert not self.scheduler.running
+            return None
+        assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks) > 0
+        assert len(self.scheduler.running) <= self.max_num_seqs
+        for item, rows in plan.encode:
+            assert len(rows) == item.placeholder.length
+            for i, row in enumerate(rows):
+                self.rows[row] = (item.content_hash, i)
+        if plan.decode:
+            assert not plan.encode
+            assert [chunk.sequence for chunk in plan.chunks] == self.scheduler.running
+            assert all(chunk.end - chunk.begin == 1 and chunk.samples for chunk in plan.chunks)
+        else:
+            assert sum(-(-(chunk.end - chunk.begin) // TILE) * TILE for chunk in plan.chunks) <= BUDGET
+        for chunk in plan.chunks:
+            self.compute(chunk)
+        return plan
+
+    def check_preempted(self, running):
+        preempted = [seq for seq in running if seq not in self.scheduler.running]
+        assert preempted == running[len(running) - len(preempted) :]  # those that were let in last
+        assert [*self.scheduler.waiting][: len(preempted)] == preempted
+        for seq in preempted:
+            assert (seq.status, seq.num_computed) == (SequenceStatus.WAITING, 0)
+            assert len(self.scheduler.blocks.block_table(seq.sequence_id)) == 0
+
+    def compute(self, chunk):
+        seq, begin, end = chunk.sequence, chunk.begin, chunk.end
+        assert seq.status is SequenceStatus.RUNNING
+        assert begin == seq.num_computed < end <= len(seq)
+        pages = self.scheduler.blocks.block_table(seq.sequence_id)
+        slot = [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(end)]
+        for position in range(begin, end):
+            self.slots[slot[position]] = (seq.sequence_id, position)
+        for rows in seq.intervals(begin, end).values():  # every key that a row sees is there
+            assert rows.stop.max() <= end
+        assert [self.slots[s] for s in slot] == [(seq.sequence_id, p) for p in range(end)]
+        for item in seq.prompt.media:
+            if begin < item.placeholder.stop and item.placeholder.offset < end:
+                rows = self.scheduler.encoder_cache.lookup(item.content_hash)
+                expected = [(item.content_hash, i) for i in range(item.placeholder.length)]
+                assert [self.rows[row] for row in rows] == expected
+        seq.num_computed = end
+        if begin < seq.prompt_length <= end:
+            self.scheduler.encoder_cache.unpin(seq.sequence_id)
+        if chunk.samples:
+            seq.output_ids.append(0)
+
+    def finish(self, seq):
+        self.scheduler.finish(seq)
+        assert seq.status is SequenceStatus.FINISHED
+        assert seq not in self.scheduler.running
+        assert seq not in self.scheduler.waiting
+
+    def check_nothing_leaked(self):
+        assert self.scheduler.blocks.num_free_pages == self.num_pages
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert len(self.scheduler.encoder_cache.allocate("all rows", self.encoder_rows)) == self.encoder_rows
+
+
+@st.composite
+def prompts(draw):
+    """Arguments of `sequence`, for prompts that are admitted, and the number of its answer's tokens."""
+    masks = draw(st.sampled_from(sorted(MASKS)))
+    length = draw(st.integers(1, BUDGET if masks == "prefix" else 30))
+    media, offset, rows_left = [], 0, ENCODER_ROWS
+    for _ in range(draw(st.integers(0, 3))):
+        content_hash = draw(st.sampled_from("pqrst"))
+        rows = "pqrst".index(content_hash) * 2 + 1
+        offset += draw(st.integers(0, 5))
+        if offset + rows > length or rows > rows_left:
+            break
+        media.append((content_hash, offset, rows))
+        offset, rows_left = offset + rows, rows_left - rows
+    return (length, tuple(media), masks), draw(st.integers(1, MAX_TOKENS - length))
+
+
+@hypothesis.given(
+    st.lists(prompts(), min_size=1, max_size=7),
+    st.integers(MAX_TOKENS // PAGE_SIZE, 30),
+    st.integers(1, 4),
+    st.data(),
+)
+@hypothesis.settings(deadline=None, max_examples=120)
+def test_everything_is_computed_with_all_it_needs_and_nothing_leaks(requests, num_pages, max_num_seqs, data):
+    device = Device(num_pages, max_num_seqs)
+    wanted, waiting_room = {}, [sequence(str(i), *prompt) for i, (prompt, _) in enumerate(requests)]
+    for seq, (_, num_outputs) in zip(waiting_room, requests, strict=True):
+        wanted[seq] = num_outputs
+    aborted = data.draw(st.sets(st.sampled_from(waiting_room), max_size=2)) if len(requests) > 1 else set()
+    alive = set()
+    for step in range(10_000):
+        if waiting_room and (step % 3 == 0 or not alive):  # requests come while others run
+            alive.add(waiting_room[0])
+            device.scheduler.add(waiting_room.pop(0))
+        plan = device.step()
+        if plan is None and not waiting_room:
+            break
+        for seq in [*alive]:
+            if len(seq.output_ids) >= wanted[seq] or (seq in aborted and step % 5 == 4):
+                device.finish(seq)
+                alive.remove(seq)
+    assert not alive
+    assert all(len(seq.output_ids) == wanted[seq] for seq in wanted if seq not in aborted)
+    device.check_nothing_leaked()
+
+
+def test_chunks_end_where_no_row_sees_past_them():
+    device = Device()
+    device.scheduler.add(sequence("a", 30, [("p", 3, 9), ("q", 14, 5)], "spans"))
+    ends = [[chunk.end for chunk in device.step().chunks] for _ in range(3)]
+    assert ends == [[14], [30], [31]]  # 16 would cut the second span
+    assert device.scheduler.running[0].num_computed == 31
+
+
+def test_chunks_take_whole_tiles_of_the_budget_in_the_order_of_arrival():
+    device = Device(max_num_seqs=8)
+    for name, length in (("a", 5), ("b", 9), ("c", 3)):
+        device.scheduler.add(sequence(name, length))
+    plan = device.step()
+    assert [(chunk.sequence.sequence_id, chunk.end) for chunk in plan.chunks] == [("a", 5), ("b", 8)]
+    plan = device.step()
+    assert [(chunk.sequence.sequence_id, chunk.begin, chunk.end) for chunk in plan.chunks] == [
+        ("b", 8, 9),
+        ("c", 0, 3),
+    ]
+    assert device.step().decode
+
+
+def test_a_run_of_rows_that_no_step_can_hold_is_refused():
+    scheduler = Device().scheduler
+    scheduler.add(sequence("a", 30, [("p", 2, 16)], "spans"))
+    scheduler.add(sequence("b", 16, masks="prefix"))
+    for seq in (sequence("c", 30, [("p", 2, 17)], "spans"), sequence("d", 17, masks="prefix")):
+        with pytest.raises(RequestError, match=r"17 rows .* max_num_batched_tokens allows 16: raise it"):
+            scheduler.add(seq)
+
+
+def test_the_last_to_come_gives_up_its_pages_and_is_computed_again():
+    device = Device(num_pages=5)
+    a, b = sequence("a", 7), sequence("b", 4)
+    device.scheduler.add(a)
+    device.scheduler.add(b)
+    device.step()
+    assert device.scheduler.running == [a, b]
+    while not device.scheduler.num_preemptions:
+        device.step()
+    assert device.scheduler.running == [a]
+    assert (b.status, b.num_computed, b.num_preemptions) == (SequenceStatus.WAITING, 0, 1)
+    outputs = len(b.output_ids)
+    assert outputs > 0
+    device.finish(a)
+    plan = device.step()
+    assert [(chunk.begin, chunk.end) for chunk in plan.chunks] == [(0, 4 + outputs)]
+    assert len(b.output_ids) == outputs + 1
+    device.finish(b)
+    device.check_nothing_leaked()
+
+
+def test_a_sequence_waits_where_it_would_take_the_page_that_another_needs_next():
+    for num_pages, running in ((3, ["a"]), (4, ["a", "b"])):
+        device = Device(num_pages)
+        device.scheduler.add(sequence("a", 8))
+        device.scheduler.add(sequence("b", 4))
+        device.step()
+        assert [seq.sequence_id for seq in device.scheduler.running] == running
+
+
+def test_media_of_a_running_prompt_stay_and_others_wait_for_room():
+    device = Device()
+    a = sequence("a", 30, [("p", 20, 10)])
+    b = sequence("b", 12, [("q", 0, 6)])
+    c = sequence("c", 12, [("p", 0, 10)])
+    for seq in (a, b, c):
+        device.scheduler.add(seq)
+    plan = device.step()
+    assert [item.content_hash for item, _ in plan.encode] == ["p"]
+    assert device.scheduler.running == [a]
+    device.step()  # the end of a's prompt; b came too late to evict p in this step
+    assert device.scheduler.running == [a]
+    plan = device.step()
+    assert [item.content_hash for item, _ in plan.encode] == ["q"]
+    assert device.scheduler.encoder_cache.lookup("p") is None
+    assert device.scheduler.running == [a, b]
+    plan = device.step()
+    assert [item.content_hash for item, _ in plan.encode] == ["p"]
+    assert device.scheduler.running == [a, b, c]
+
+
+def test_one_item_in_two_prompts_and_twice_in_one_is_encoded_once():
+    device = Device()
+    device.scheduler.add(sequence("a", 8, [("p", 0, 2), ("p", 4, 2)]))
+    device.scheduler.add(sequence("b", 6, [("p", 1, 2)]))
+    plan = device.step()
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == ["a", "b"]
+    assert [item.content_hash for item, _ in plan.encode] == ["p"]
+
+
+def test_finish_frees_a_waiting_and_a_half_computed_sequence_and_can_be_repeated():
+    device = Device(max_num_seqs=1)
+    a, b = sequence("a", 30, [("p", 2, 10)]), sequence("b", 30)
+    device.scheduler.add(a)
+    device.scheduler.add(b)
+    device.step()
+    assert 0 < a.num_computed < 30
+    for seq in (b, a, a):
+        device.finish(seq)
+    assert device.step() is None
+    device.check_nothing_leaked()
