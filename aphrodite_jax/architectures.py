@@ -62,8 +62,7 @@ def resolve_architecture(names: list[str] | tuple[str, ...] | None, *, source: s
     """
     if not names:
         raise UnknownArchitectureError(
-            f"{source} names no architecture; add an 'architectures' list with one of "
-            f"{', '.join(sorted(_TABLE))}"
+            f"{source} names no architecture; add an 'architectures' list with one of {', '.join(sorted(_TABLE))}"
         )
     for name in names:
         if name in _TABLE:

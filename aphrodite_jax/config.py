@@ -95,9 +95,7 @@ class ModelConfig:
         if self.revision is not None and self.is_local:
             raise ConfigError(f"revision {self.revision!r} has no meaning for the directory {self.model!r}")
         if not self.is_local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.model):
-            raise ConfigError(
-                f"model {self.model!r} is neither a directory here nor a hub id such as 'org/name'"
-            )
+            raise ConfigError(f"model {self.model!r} is neither a directory here nor a hub id such as 'org/name'")
 
     @property
     def is_local(self) -> bool:
@@ -111,7 +109,9 @@ class ModelConfig:
             raise ConfigError(f"{self.model!r} has no config.json: not a Hugging Face checkpoint directory")
         try:
             config = transformers.AutoConfig.from_pretrained(self.model, revision=self.revision)
-        except Exception as error:  # fields of the wrong type or that contradict each other come as errors of many types
+        except (
+            Exception
+        ) as error:  # fields of the wrong type or that contradict each other come as errors of many types
             raise ConfigError(f"can't read the config of model {self.model!r}: {error}") from error
         _override(config, self.hf_overrides, "hf_overrides")
         return config
@@ -200,7 +200,7 @@ def _bytes(value: int | str) -> int:
     if _is_whole(value, least=1):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(value), re.IGNORECASE)
-    unit = (match and match[2] or "").lower()
+    unit = ((match and match[2]) or "").lower()
     base = 1024 if unit.endswith("i") else 1000
     size = int(float(match[1]) * base ** (" kmgt".index(unit[0]) if unit else 0)) if match else 0
     if size < 1:

@@ -1,17 +1,17 @@
 """Every error that the package raises on purpose.
 
-    AphroditeError
-    ├── ConfigError            (ValueError)  an option, a config file, a device that can't serve
-    │   └── UnknownArchitectureError
-    ├── CheckpointError        (ValueError)  files that are missing, damaged or of the wrong shape
-    ├── RegistrationError      (ValueError)  a model class registered wrongly or not at all
-    ├── RequestError           (ValueError)  one request that can't be served; the others go on
-    │   ├── PromptTooLongError
-    │   ├── MediaError                       an item that can't be opened, is too large, or is of no known kind
-    │   ├── TooManyItemsError                more items than ``limit_mm_per_prompt``
-    │   └── PlaceholderError                 placeholders and items do not match
-    ├── BatchError             (RuntimeError) a batch job whose input or output can't be used
-    └── RecompilationError     (RuntimeError) a program compiled after warm-up where that is forbidden
+AphroditeError
+├── ConfigError            (ValueError)  an option, a config file, a device that can't serve
+│   └── UnknownArchitectureError
+├── CheckpointError        (ValueError)  files that are missing, damaged or of the wrong shape
+├── RegistrationError      (ValueError)  a model class registered wrongly or not at all
+├── RequestError           (ValueError)  one request that can't be served; the others go on
+│   ├── PromptTooLongError
+│   ├── MediaError                       an item that can't be opened, is too large, or is of no known kind
+│   ├── TooManyItemsError                more items than ``limit_mm_per_prompt``
+│   └── PlaceholderError                 placeholders and items do not match
+├── BatchError             (RuntimeError) a batch job whose input or output can't be used
+└── RecompilationError     (RuntimeError) a program compiled after warm-up where that is forbidden
 """
 
 __all__ = [

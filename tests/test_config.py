@@ -51,7 +51,9 @@ def test_model_config_refuses(llava, options, message):
         ModelConfig(model=llava, **options)
 
 
-@pytest.mark.parametrize("model", ["/no/such/directory", "a/b/c", "./missing", "../missing", "org/", "a b", "file:x", ""])
+@pytest.mark.parametrize(
+    "model", ["/no/such/directory", "a/b/c", "./missing", "../missing", "org/", "a b", "file:x", ""]
+)
 def test_a_model_that_is_neither_directory_nor_hub_id(model):
     with pytest.raises(ConfigError, match="neither a directory here nor a hub id"):
         ModelConfig(model=model)

@@ -86,7 +86,9 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
         if (
             library in FORBIDDEN_LIBRARIES
             or (target is not None and target not in MAY_IMPORT[own])
-            or (own == "kernels_pallas" and target is None and library not in KERNEL_LIBRARIES | sys.stdlib_module_names)
+            or (
+                own == "kernels_pallas" and target is None and library not in KERNEL_LIBRARIES | sys.stdlib_module_names
+            )
         ):
             found.append(f"{module} imports {imported}")
     return found

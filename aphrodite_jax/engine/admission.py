@@ -33,6 +33,7 @@ class PromptPreparer:
       tokenizer: its tokenizer; None where all prompts come as token ids.
       mask_specs: mask kinds of the model's layers.
       rows_per_item: rows that the model makes of mapped items (`ModelRunner.rows_per_item`).
+      vocab_size: token ids that the model knows; placeholder tokens may lie outside.
       max_tokens: of a prompt and one token of its answer, what the model and the caches hold.
       max_media_rows: of one prompt, what the encoder cache holds.
     """
@@ -44,6 +45,7 @@ class PromptPreparer:
         *,
         mask_specs: Mapping[str, MaskSpec],
         rows_per_item: RowsPerItem,
+        vocab_size: int,
         max_tokens: int,
         max_media_rows: int,
     ):
@@ -51,6 +53,7 @@ class PromptPreparer:
         self._tokenizer = tokenizer
         self._mask_specs = mask_specs
         self._rows_per_item = rows_per_item
+        self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._max_media_rows = max_media_rows
 
@@ -72,7 +75,7 @@ class PromptPreparer:
     def _prepare(self, prompt: Prompt) -> PreparedPrompt:
         inputs = self._tokenize(prompt)
         inputs = INPUT_REGISTRY.process_input(self._model_config, inputs)
-        token_ids = self._check_tokens(inputs.prompt_token_ids)
+        token_ids = self._check_tokens(inputs)
         return PreparedPrompt(
             text=inputs.prompt,
             token_ids=token_ids,
@@ -98,13 +101,17 @@ class PromptPreparer:
             if self._tokenizer is None:
                 raise RequestError("no tokenizer is loaded: give prompt_token_ids")
             token_ids = self._tokenizer(text)["input_ids"]
+        token_ids = np.asarray(token_ids)
+        if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+            raise RequestError(f"prompt_token_ids are whole numbers, got {token_ids.dtype}{list(token_ids.shape)}")
         return LLMInputs(
-            prompt_token_ids=tuple(int(token) for token in token_ids),
+            prompt_token_ids=tuple(token_ids.tolist()),
             prompt=text,
             multi_modal_data=dict(prompt.get("multi_modal_data") or {}),
         )
 
-    def _check_tokens(self, token_ids: Sequence[int]) -> np.ndarray:
+    def _check_tokens(self, inputs: LLMInputs) -> np.ndarray:
+        token_ids = np.asarray(inputs.prompt_token_ids, np.int64)
         if len(token_ids) == 0:
             raise RequestError("the prompt is empty: it has no tokens")
         if len(token_ids) >= self._max_tokens:
@@ -112,10 +119,16 @@ class PromptPreparer:
                 f"the prompt has {len(token_ids)} tokens, media included; at most {self._max_tokens - 1} fit with "
                 "one token of an answer: shorten it, or raise max_model_len"
             )
-        array = np.asarray(token_ids, np.int32)
-        if array.min() < 0:
-            raise RequestError(f"token ids start at 0, the prompt has {array.min()}")
-        return array
+        outside = (token_ids < 0) | (token_ids >= self._vocab_size)
+        for ranges in inputs.placeholders.values():
+            for span in ranges:
+                outside[span.offset : span.stop] = False
+        if outside.any():
+            raise RequestError(
+                f"token {token_ids[outside][0]} is not in the model's vocabulary of {self._vocab_size}; "
+                "was the prompt made with another tokenizer?"
+            )
+        return token_ids.astype(np.int32)
 
     def _map(self, inputs: LLMInputs) -> tuple[MediaItem, ...]:
         media = []

@@ -64,9 +64,9 @@ class AphroditeEngine:
     def __init__(self, model_config: ModelConfig, engine_config: EngineConfig | None = None):
         self.model_config = model_config
         self.engine_config = engine_config = engine_config or EngineConfig()
+        media_budget = media_tokens_per_prompt(model_config)
         self.tokenizer = load_tokenizer(model_config)
         self.end_token_ids = end_token_ids(model_config, self.tokenizer)
-        media_budget = media_tokens_per_prompt(model_config)
         self.runner = ModelRunner(
             load_model(model_config),
             model_config,
@@ -89,6 +89,7 @@ class AphroditeEngine:
             self.tokenizer,
             mask_specs=self.runner.mask_specs,
             rows_per_item=self.runner.rows_per_item,
+            vocab_size=self.runner.vocab_size,
             max_tokens=model_config.context_length,
             max_media_rows=self.runner.encoder_rows,
         )
@@ -169,6 +170,8 @@ class AphroditeEngine:
         """Run one step; the outputs of the requests that it moved on."""
         plan = self.scheduler.schedule()
         if plan is None:
+            if self._requests:
+                raise RuntimeError(f"nothing can be scheduled, yet {len(self._requests)} requests wait: a bug of the engine")
             return []
         self._encode(plan)
         logits, hidden, offsets = self.runner.forward(

@@ -51,13 +51,14 @@ def render_chat(
     problems = []
     for form in forms:
         try:
-            text = tokenizer.apply_chat_template(
-                form(conversation, placeholders), tokenize=False, add_generation_prompt=True
-            )
+            rendered = form(conversation, placeholders)
+            text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
             problems.append(f"{type(error).__name__}: {error}")
             continue
         problem = _what_is_missing(text, conversation, placeholders)
+        if any(isinstance(m["content"], list) and m["content"] and str(m["content"]) in text for m in rendered):
+            problem = "it prints the list of a message's parts"
         if problem is None:
             return {
                 "prompt": shield.restore(text),
@@ -136,20 +137,13 @@ def _placeholders(model_cls: type, media: Mapping[str, list]) -> dict[str, list[
 # The two forms that templates take.
 
 
-class _Parts(list):
-    """Parts of a message, which a template that prints them as if they were text must not get as text."""
-
-    def __str__(self) -> str:
-        raise TypeError("it takes the content of a message as text, not as a list of parts")
-
-
 def _with_parts(conversation, placeholders) -> list[dict[str, Any]]:
     return [
         {
             "role": role,
-            "content": _Parts(
+            "content": [
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": part[0]} for part in parts
-            ),
+            ],
         }
         for role, parts in conversation
     ]

@@ -116,9 +116,7 @@ class InputRegistry:
         if not isinstance(dummy, DummyData):
             raise RegistrationError(f"{name} must return DummyData, got {type(dummy).__name__}")
         if len(dummy.prompt_token_ids) > seq_len:
-            raise RegistrationError(
-                f"{name} gave {len(dummy.prompt_token_ids)} tokens where {seq_len} is the limit"
-            )
+            raise RegistrationError(f"{name} gave {len(dummy.prompt_token_ids)} tokens where {seq_len} is the limit")
         return dummy
 
 

@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_tokenizer", "optional_file"]
 
 
 def load_tokenizer(model_config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
@@ -35,8 +35,14 @@ def load_tokenizer(model_config: ModelConfig) -> transformers.PreTrainedTokenize
 
 def _legacy_chat_template(name: str, revision: str | None) -> str | None:
     """The template of ``chat_template.json``, where processors kept theirs before ``chat_template.jinja``."""
+    path = optional_file(name, "chat_template.json", revision)
+    return json.loads(path.read_text("utf-8"))["chat_template"] if path else None
+
+
+def optional_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a model directory or hub id; None where it has no such file."""
     try:
-        path = cached_file(name, "chat_template.json", revision=revision)
-    except OSError:  # the file is optional
+        path = cached_file(name, file, revision=revision)
+    except OSError:
         return None
-    return json.loads(Path(path).read_text("utf-8"))["chat_template"] if path else None
+    return Path(path) if path else None

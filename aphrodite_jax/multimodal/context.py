@@ -33,6 +33,4 @@ class InputContext:
 
 def model_class(model_config: ModelConfig) -> type:
     """The class that serves the checkpoint's architecture."""
-    return resolve_architecture(
-        model_config.hf_config.architectures, source=f"the config of {model_config.model!r}"
-    )
+    return resolve_architecture(model_config.hf_config.architectures, source=f"the config of {model_config.model!r}")

@@ -52,9 +52,7 @@ def image_processor(model_config: ModelConfig) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_missing(name, "image", error)) from error
     if getattr(processor, "backend", "pil") != "pil":
-        raise ConfigError(
-            _missing(name, "image", f"{type(processor).__name__} needs torchvision and has no PIL form")
-        )
+        raise ConfigError(_missing(name, "image", f"{type(processor).__name__} needs torchvision and has no PIL form"))
     options = unfreeze(model_config.mm_processor_kwargs)  # Hugging Face takes nested plain dicts alone
     known = set(getattr(type(processor), "valid_kwargs", transformers.ImagesKwargs).__annotations__) - _NOT_OPTIONS
     if unknown := sorted(set(options) - known):
@@ -75,9 +73,7 @@ def image_processor(model_config: ModelConfig) -> Any:
 def video_processor(model_config: ModelConfig) -> Any:
     """The checkpoint's video processor; `ConfigError` where there is none or it needs what is not installed."""
     try:
-        return transformers.AutoVideoProcessor.from_pretrained(
-            model_config.model, revision=model_config.revision
-        )
+        return transformers.AutoVideoProcessor.from_pretrained(model_config.model, revision=model_config.revision)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_missing(model_config.model, "video", error)) from error
 
@@ -86,9 +82,7 @@ def video_processor(model_config: ModelConfig) -> Any:
 def audio_processor(model_config: ModelConfig) -> Any:
     """The checkpoint's audio feature extractor; `ConfigError` where there is none."""
     try:
-        return transformers.AutoFeatureExtractor.from_pretrained(
-            model_config.model, revision=model_config.revision
-        )
+        return transformers.AutoFeatureExtractor.from_pretrained(model_config.model, revision=model_config.revision)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_missing(model_config.model, "audio", error)) from error
 

@@ -84,8 +84,7 @@ class MultiModalInputs(Mapping[str, NestedArrays]):
         if not self._arrays:
             return ()
         return tuple(
-            MultiModalInputs({keyword: value[i] for keyword, value in self.items()})
-            for i in range(self.num_items)
+            MultiModalInputs({keyword: value[i] for keyword, value in self.items()}) for i in range(self.num_items)
         )
 
     @property

@@ -122,9 +122,7 @@ class MultiModalRegistry:
         for modality in model_config.limit_mm_per_prompt:
             self._plugin(modality, ConfigError)
             if not taken:
-                raise ConfigError(
-                    f"limit_mm_per_prompt names {modality!r}, but {model_cls.__name__} takes text alone"
-                )
+                raise ConfigError(f"limit_mm_per_prompt names {modality!r}, but {model_cls.__name__} takes text alone")
             if modality not in taken:
                 raise ConfigError(
                     f"limit_mm_per_prompt names {modality!r}, but {model_cls.__name__} takes {', '.join(taken)}"

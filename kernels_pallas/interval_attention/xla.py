@@ -193,16 +193,17 @@ def _tile_gradients(blocks, q, d_out, log_sum, delta, start, stop, k, v, j):
     seen = seen_keys(start, stop, j * blocks.keys, k.shape[2])
     used = seen.any(axis=1)[:, None, :, None]
     k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))  # unseen slots may hold NaN
+    # XLA's CPU backend refuses some products of bfloat16 that accumulate in float32.
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     raw = scores(q, k, scale=blocks.scale, soft_cap=blocks.soft_cap)
     weights = jnp.exp(jnp.where(seen[:, None, None], raw, LOWEST) - log_sum[..., None])
-    d_weights = jnp.einsum("bkgth,bksh->bkgts", d_out, v, preferred_element_type=jnp.float32)
+    d_weights = jnp.einsum("bkgth,bksh->bkgts", d_out, v)
     d_scores = weights * (d_weights - delta[..., None]) * jnp.float32(blocks.scale)
     if blocks.soft_cap is not None:
         d_scores = d_scores * (1 - jnp.square(raw / jnp.float32(blocks.soft_cap)))
-    d_scores, weights = d_scores.astype(k.dtype), weights.astype(d_out.dtype)
-    dq = jnp.einsum("bkgts,bksh->bkgth", d_scores, k, preferred_element_type=jnp.float32)
-    dk = jnp.einsum("bkgth,bkgts->bkhs", q, d_scores, preferred_element_type=jnp.float32)
-    dv = jnp.einsum("bkgth,bkgts->bkhs", d_out, weights, preferred_element_type=jnp.float32)
+    dq = jnp.einsum("bkgts,bksh->bkgth", d_scores, k)
+    dk = jnp.einsum("bkgth,bkgts->bkhs", q, d_scores)
+    dv = jnp.einsum("bkgth,bkgts->bkhs", d_out, weights)
     return dq, dk, dv
 
 

@@ -19,7 +19,7 @@ PAGE_SIZE = 4
 TILE = 4
 BUDGET = 16
 MAX_TOKENS = 40  # of a sequence; the pages hold at least one such
-ENCODER_ROWS = 14
+ENCODER_ROWS = 10
 MASKS = {
     "causal": {"full": MaskSpec()},
     "spans": {"full": MaskSpec(bidirectional=("image",)), "sliding": MaskSpec(window=5)},
@@ -129,23 +129,23 @@ class Device:
 def prompts(draw):
     """Arguments of `sequence`, for prompts that are admitted, and the number of its answer's tokens."""
     masks = draw(st.sampled_from(sorted(MASKS)))
-    length = draw(st.integers(1, BUDGET if masks == "prefix" else 30))
+    length = draw(st.integers(1, 16) if masks == "prefix" else st.sampled_from([3, 12, 18, 20, 25, 30]))
     media, offset, rows_left = [], 0, ENCODER_ROWS
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):
         content_hash = draw(st.sampled_from("pqrst"))
         rows = "pqrst".index(content_hash) * 2 + 1
-        offset += draw(st.integers(0, 5))
+        offset += draw(st.integers(0, 3))
         if offset + rows > length or rows > rows_left:
             break
         media.append((content_hash, offset, rows))
         offset, rows_left = offset + rows, rows_left - rows
-    return (length, tuple(media), masks), draw(st.integers(1, MAX_TOKENS - length))
+    return (length, tuple(media), masks), draw(st.sampled_from([2, 5, *[MAX_TOKENS - length] * 2]))
 
 
 @hypothesis.given(
-    st.lists(prompts(), min_size=1, max_size=7),
-    st.integers(MAX_TOKENS // PAGE_SIZE, 30),
-    st.integers(1, 4),
+    st.lists(prompts(), min_size=3, max_size=8),
+    st.sampled_from([MAX_TOKENS // PAGE_SIZE, 12, 15, 30]),
+    st.integers(1, 5),
     st.data(),
 )
 @hypothesis.settings(deadline=None, max_examples=120)
@@ -154,10 +154,10 @@ def test_everything_is_computed_with_all_it_needs_and_nothing_leaks(requests, nu
     wanted, waiting_room = {}, [sequence(str(i), *prompt) for i, (prompt, _) in enumerate(requests)]
     for seq, (_, num_outputs) in zip(waiting_room, requests, strict=True):
         wanted[seq] = num_outputs
-    aborted = data.draw(st.sets(st.sampled_from(waiting_room), max_size=2)) if len(requests) > 1 else set()
+    aborted = data.draw(st.sets(st.sampled_from(waiting_room), max_size=2))
     alive = set()
     for step in range(10_000):
-        if waiting_room and (step % 3 == 0 or not alive):  # requests come while others run
+        if waiting_room and (step % 3 != 2 or not alive):  # requests come while others run
             alive.add(waiting_room[0])
             device.scheduler.add(waiting_room.pop(0))
         plan = device.step()
@@ -173,7 +173,7 @@ def test_everything_is_computed_with_all_it_needs_and_nothing_leaks(requests, nu
 
 
 def test_chunks_end_where_no_row_sees_past_them():
-    device = Device()
+    device = Device(encoder_rows=14)
     device.scheduler.add(sequence("a", 30, [("p", 3, 9), ("q", 14, 5)], "spans"))
     ends = [[chunk.end for chunk in device.step().chunks] for _ in range(3)]
     assert ends == [[14], [30], [31]]  # 16 would cut the second span

@@ -121,17 +121,18 @@ def test_kernels_interval_unseen_slots_may_hold_nan(name, kind, seed):
         chex.assert_trees_all_equal(*(by(*args, d_out) for args in (clean, dirty)))
 
 
-@given(geometries, kinds, seeds)
-@settings(max_examples=20, deadline=None)
-def test_kernels_interval_bfloat16(name, kind, seed):
-    qkv, intervals, d_out = case(name, kind, seed, jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@given(st.sampled_from(["one tile", "both are cut"]), kinds, seeds)
+@settings(max_examples=15, deadline=None)
+def test_kernels_interval_half_precision(dtype, name, kind, seed):
+    qkv, intervals, d_out = case(name, kind, seed, dtype)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), qkv)
     out = attend("xla", name)(*qkv, *intervals)
-    chex.assert_type(out, jnp.bfloat16)
+    chex.assert_type(out, dtype)
     close(out.astype(jnp.float32), attend("reference", name)(*exact, *intervals), 4e-2)
     d_out = d_out.astype(jnp.float32)
     by = gradients("xla", name)(qkv, intervals, d_out)
-    chex.assert_type(list(by), jnp.bfloat16)
+    chex.assert_type(list(by), dtype)
     exact_by = gradients("reference", name)(exact, intervals, d_out)
     close(jax.tree.map(lambda x: x.astype(jnp.float32), by), exact_by, 1.5e-1)
 

@@ -208,7 +208,9 @@ def test_any_size_and_aspect(model_config, size):
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_the_first_frame_of_several_is_taken(model_config, kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
-    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    content = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
     assert (opened(content, model_config) == [255, 0, 0]).all()
 
 
@@ -369,7 +371,9 @@ def test_the_limit_is_checked_before_decoding(directory, model_config, monkeypat
     decoded = []
     load = Image.Image.load
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size) or load(self))
-    with pytest.raises(MediaError, match="has 101 x 100 pixels, more than 10000; scale it down or raise max_image_pixels"):
+    with pytest.raises(
+        MediaError, match="has 101 x 100 pixels, more than 10000; scale it down or raise max_image_pixels"
+    ):
         open_image(content, ModelConfig(model=directory, max_image_pixels=10_000))
     assert decoded == []
 

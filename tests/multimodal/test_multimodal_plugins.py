@@ -75,7 +75,9 @@ def test_embeddings_are_opened_to_float32(model_config, plugin, dtype):
 @pytest.mark.parametrize("plugin", [ImagePlugin(), VideoPlugin(), AudioPlugin()], ids=lambda p: p.modality)
 @pytest.mark.parametrize("shape", [(3, WIDTH + 1), (3, WIDTH - 1), (0, WIDTH)])
 def test_embeddings_of_another_width_or_of_no_rows(model_config, plugin, shape):
-    message = rf"{plugin.modality} embeddings of one item are \[rows, 16\] for this model, got \[{shape[0]}, {shape[1]}\]"
+    message = (
+        rf"{plugin.modality} embeddings of one item are \[rows, 16\] for this model, got \[{shape[0]}, {shape[1]}\]"
+    )
     with pytest.raises(MediaError, match=message):
         plugin.open(np.zeros(shape, np.float32), model_config)
 
@@ -95,7 +97,14 @@ def test_embeddings_are_finite(model_config, value):
 
 
 def test_embedding_rows_of_all_else():
-    for item in (picture(), np.zeros((3, 4), np.uint8), np.zeros((3, 4, 5), np.float32), (np.zeros(3), 16000), "x", None):
+    for item in (
+        picture(),
+        np.zeros((3, 4), np.uint8),
+        np.zeros((3, 4, 5), np.float32),
+        (np.zeros(3), 16000),
+        "x",
+        None,
+    ):
         assert embedding_rows(item) == 0
 
 
@@ -144,7 +153,9 @@ def test_images_are_mapped_as_each_alone(model_config):
     together = MULTIMODAL_REGISTRY.map_input(model_config, {"image": images})
     assert together["pixel_values"].shape == (4, 3, 28, 28)
     for row, image in zip(together["pixel_values"], images, strict=True):
-        np.testing.assert_array_equal(row, MULTIMODAL_REGISTRY.map_input(model_config, {"image": image})["pixel_values"][0])
+        np.testing.assert_array_equal(
+            row, MULTIMODAL_REGISTRY.map_input(model_config, {"image": image})["pixel_values"][0]
+        )
     ctx = InputContext(model_config)
     at_once = ImagePlugin().default_mapper(ctx, [ImagePlugin().open(image, model_config) for image in images])
     np.testing.assert_array_equal(at_once["pixel_values"], together["pixel_values"])
@@ -168,7 +179,9 @@ def test_the_default_bound_of_image_tokens(tmp_path):
     towerless.model_config.hf_config.vision_config.image_size = None
     assert bound(towerless) == 9
     text = llava_files.write_config(tmp_path / "c", llava_files.text_config())
-    with pytest.raises(RegistrationError, match="does not tell how many tokens one image item takes.*register_max_image_tokens"):
+    with pytest.raises(
+        RegistrationError, match="does not tell how many tokens one image item takes.*register_max_image_tokens"
+    ):
         bound(InputContext(ModelConfig(model=text)))
 
 
@@ -181,7 +194,9 @@ def test_the_processors_options(model_config):
     plain = pixels(do_normalize=False)
     assert plain.min() >= 0
     assert plain.max() <= 1
-    with pytest.raises(ConfigError, match=r"CLIPImageProcessor\w* has no option 'cropsize'; its options are .*crop_size"):
+    with pytest.raises(
+        ConfigError, match=r"CLIPImageProcessor\w* has no option 'cropsize'; its options are .*crop_size"
+    ):
         pixels(cropsize=3)
     with pytest.raises(ConfigError, match="mm_processor_kwargs.*size"):
         pixels(size="large")
@@ -192,7 +207,9 @@ def test_no_processor_to_use(tmp_path, content):
     llava_files.write_config(tmp_path, llava_files.llava_config(vision_config={"model_type": "clip_vision_model"}))
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(ConfigError, match="the default image mapper has no Hugging Face processor.*register_image_input_mapper"):
+    with pytest.raises(
+        ConfigError, match="the default image mapper has no Hugging Face processor.*register_image_input_mapper"
+    ):
         MULTIMODAL_REGISTRY.map_input(ModelConfig(model=tmp_path), {"image": picture()})
 
 
@@ -255,7 +272,9 @@ def test_the_pixel_limit_holds_for_frames(model_config):
 
 
 def test_the_default_video_mapper_needs_a_processor(model_config):
-    with pytest.raises(ConfigError, match="the default video mapper has no Hugging Face processor.*register_video_input_mapper"):
+    with pytest.raises(
+        ConfigError, match="the default video mapper has no Hugging Face processor.*register_video_input_mapper"
+    ):
         VideoPlugin().default_mapper(InputContext(model_config), [np.zeros((2, 4, 4, 3), np.uint8)])
 
 
