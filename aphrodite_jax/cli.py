@@ -38,16 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; argparse itself exits with 2 for a wrong command line."""
     args = _parser().parse_args(argv)
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        status = _fail("interrupted", 130)
     except BrokenPipeError:
-        _close_stdout()
-        return 141
+        status = 141
     except Exception as error:
         if args.debug:
             raise
-        return _fail(_one_line(error), 1)
+        status = _fail(_one_line(error), 1)
+    _flush_or_drop_stdout()
+    return status
 
 
 def _fail(message: str, status: int) -> int:
@@ -56,11 +58,14 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _close_stdout() -> None:
-    """Let what is left in stdout's buffer go nowhere: Python writes it once more at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
+def _flush_or_drop_stdout() -> None:
+    """Where stdout takes nothing, let its buffer go nowhere: Python would fail on it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def _one_line(error: Exception) -> str:
@@ -84,15 +89,9 @@ def _generate(args: argparse.Namespace) -> int:
         options["limit_mm_per_prompt"] = {"image": len(args.image), **options.get("limit_mm_per_prompt", {})}
     # One question needs few of the programs, so they are compiled as it comes to them.
     llm = LLM(args.model, max_num_seqs=1, warm_up=False, **options)
-    try:
-        for piece in _pieces(llm, _prompt(llm, args), sampling_params):
-            print(piece, end="", flush=True)
-        print(flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _close_stdout()
-        return _fail(f"error: can't write the answer: {error.strerror}", 1)
+    for piece in _pieces(llm, _prompt(llm, args), sampling_params):
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -268,9 +267,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 def _add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("requests", help="the batch file")
     parser.add_argument("-o", "--output", required=True, help="where the answers go")
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=None, metavar="N", help="for lines that don't say"
-    )
+    parser.add_argument("--max-tokens", type=_positive, default=None, metavar="N", help="for lines that don't say")
     parser.add_argument(
         "--served-model-name",
         action="append",
@@ -286,12 +283,8 @@ def _add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and engine")
-    group.add_argument(
-        "--model", default=None, help="a directory or hub id; the small model that ships if none"
-    )
-    group.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and compute"
-    )
+    group.add_argument("--model", default=None, help="a directory or hub id; the small model that ships if none")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and compute")
     _add_options(group, _MODEL_OPTIONS)
     group.add_argument(
         "--media-root",

@@ -53,8 +53,8 @@ class ModelConfig:
       ConfigError: a value out of range, or a model that is neither a directory nor a hub id.
     """
 
-    model: str | None = None
-    tokenizer: str | None = None
+    model: str = None  # pyright: ignore[reportAssignmentType] - None becomes the path of the shipped model
+    tokenizer: str = None  # pyright: ignore[reportAssignmentType] - None becomes ``model``
     revision: str | None = None
     dtype: str = "auto"
     seed: int = 0
@@ -128,7 +128,7 @@ class ModelConfig:
         Raises:
           ConfigError: ``max_model_len`` is above what the positions of the config reach.
         """
-        limit = getattr(self.hf_text_config, "max_position_embeddings", None)
+        limit = _position_limit(self.hf_text_config)
         if self.max_model_len is None:
             if limit is None:
                 raise ConfigError(f"the config of {self.model!r} has no length limit; give max_model_len")
@@ -169,7 +169,7 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int | None = None
     page_size: int = 16
-    kv_cache_memory: int | str | None = None
+    kv_cache_memory: Any = None  # int | None once built
     memory_fraction: float = 0.9
     encoder_cache_tokens: int | None = None
     warm_up: bool = True
@@ -195,7 +195,14 @@ class EngineConfig:
             object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
 
 
-def _bytes(value: int | str) -> int:
+def _position_limit(config: transformers.PretrainedConfig) -> int | None:
+    """Tokens that the positions of a language model reach; those of dynamic scaling go beyond the trained length."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(limit * rope["factor"]) if limit and rope.get("rope_type") == "dynamic" else limit
+
+
+def _bytes(value: Any) -> int:
     """A count of bytes from a number or from text such as "512MiB" or "2 GB"."""
     if _is_whole(value, least=1):
         return value

@@ -75,7 +75,7 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _params_per_prompt(sampling_params, len(prompts))
         _check_on_error(on_error)
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        outputs: list[Any] = [None] * len(prompts)
         numbers: dict[str, int] = {}
         upcoming = iter(enumerate(zip(prompts, params, strict=True)))
         window = 2 * self.engine.engine_config.max_num_seqs  # more would only hold their pixels in memory
@@ -123,7 +123,7 @@ class LLM:
 
         Args and Raises: as `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         _check_on_error(on_error)
         prompts = []
         for conversation in conversations:
@@ -180,7 +180,7 @@ class LLM:
         answered = self.generate(
             [prompts[i] for i in good], [params[i] for i in good], on_error=on_error, use_tqdm=use_tqdm
         )
-        outputs = [
+        outputs: list[Any] = [
             _failed(self._next_request_id(), None, prompt) if isinstance(prompt, Exception) else None
             for prompt in prompts
         ]
@@ -252,7 +252,7 @@ def _use_compilation_cache(engine_config: EngineConfig) -> None:
       ConfigError: the directory that was asked for can't be written; for the default one this is a warning.
     """
     asked = engine_config.compilation_cache_dir
-    if asked is None or jax.config.jax_compilation_cache_dir is not None:
+    if asked is None or jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     path = default_compilation_cache_dir() if asked == "auto" else Path(asked).expanduser()
     try:

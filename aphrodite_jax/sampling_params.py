@@ -1,7 +1,8 @@
 """How one request's tokens are chosen, and when it stops."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 from aphrodite_jax.errors import ConfigError
 
@@ -43,14 +44,14 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] | list[str] | str | None = ()
-    stop_token_ids: tuple[int, ...] | list[int] | None = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     max_tokens: int = 16
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Any = None  # a mapping when given, pairs sorted by token once built
     skip_special_tokens: bool = True
 
     def __post_init__(self):

@@ -249,9 +249,7 @@ def run_reference(directory: Path, prompt: dict[str, np.ndarray]) -> tuple[np.nd
         best = torch.topk(last, 2).values
         margin = min(margin, float(best[0] - best[1]))
         tokens.append(int(last.argmax()))
-        out = model(
-            input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True
-        )
+        out = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
     return logits, np.array(tokens, np.int32), margin
 
 

@@ -135,7 +135,7 @@ def test_bad_input_is_one_line_and_status_1(model, pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     ask = ["generate", "--model", model, "--max-tokens", "1", "--max-model-len", "64"]
     assert "neither a directory here nor a hub id" in complaint(capsys, "generate", "--model", "/no/model", "w5")
-    assert "no config.json" in complaint(capsys, "generate", "--model", str(tmp_path / "empty"), "w5")
+    assert str(tmp_path / "empty") in complaint(capsys, "generate", "--model", str(tmp_path / "empty"), "w5")
     assert "'none.png' is not a file" in complaint(capsys, *ask, "--image", "none.png", "w5")
     assert "broken.png" in complaint(capsys, *ask, "--image", str(tmp_path / "broken.png"), "w5")
     assert "at most 63 fit" in complaint(capsys, *ask, "w5 " * 70)
@@ -170,7 +170,8 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 
 
 def run(*argv, **options):
-    return subprocess.run([sys.executable, *argv], stderr=subprocess.PIPE, text=True, timeout=300, **options)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, *argv], stderr=subprocess.PIPE, text=True, timeout=300, env=env, **options)
 
 
 def test_help_imports_neither_jax_nor_transformers():

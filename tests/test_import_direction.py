@@ -53,7 +53,7 @@ def room(module: str) -> str | None:
 
 
 def imports(source: str, module: str, *, is_package: bool) -> set[str]:
-    """Dotted names that a module imports, wherever in it; ``from a import b`` counts as ``a.b`` where a is one of us."""
+    """Dotted names that a module imports anywhere; ``from aphrodite_jax import b`` counts as ``aphrodite_jax.b``."""
     found = set()
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):

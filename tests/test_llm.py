@@ -1,5 +1,7 @@
 """What a user touches, on a tiny model whose every program is compiled ahead: a late compile is an error here."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -40,7 +42,9 @@ def image_prompt(*seeds: int) -> dict:
     return {"prompt": text, "multi_modal_data": {"image": [picture(seed) for seed in seeds]}}
 
 
-MIXED = [text_prompt(1, 3), image_prompt(1), text_prompt(2, 30), image_prompt(2, 3), {"prompt": "w5 w6"}, image_prompt(1)]
+MIXED = [
+    text_prompt(1, 3), image_prompt(1), text_prompt(2, 30), image_prompt(2, 3), {"prompt": "w5 w6"}, image_prompt(1)
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +171,8 @@ def test_where_an_answer_ends(llm):
     assert (whole.finish_reason, len(whole.token_ids)) == ("length", 12)
     words = whole.text.split()
     third = next(i for i in range(2, 12) if whole.token_ids[i] not in whole.token_ids[:i])
-    stopped = generate(llm, image_prompt(2), SamplingParams(temperature=0.0, max_tokens=12, stop=words[third]))[0].outputs[0]
+    by_text = SamplingParams(temperature=0.0, max_tokens=12, stop=words[third])
+    stopped = generate(llm, image_prompt(2), by_text)[0].outputs[0]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", words[third])
     assert stopped.text.split() == words[:third]
     token = whole.token_ids[third]
@@ -210,7 +215,7 @@ def test_logprobs_of_a_greedy_answer(llm):
 def test_a_stream_grows_to_the_answer(llm):
     pieces = list(llm.stream(image_prompt(1), GREEDY))
     texts = [piece.outputs[0].text for piece in pieces]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert [piece.finished for piece in pieces] == [False] * 11 + [True]
     assert tokens(pieces[-1:]) == tokens(generate(llm, image_prompt(1)))
 

@@ -42,8 +42,7 @@ def answer_line(number: int, request: BatchRequest, output: RequestOutput) -> Ou
         "created": 0,
         "model": request.model,
         "choices": [
-            _chat_choice(answer, num_logprobs) if chat else _completion_choice(answer)
-            for answer in output.outputs
+            _chat_choice(answer, num_logprobs) if chat else _completion_choice(answer) for answer in output.outputs
         ],
         "usage": {
             "prompt_tokens": num_prompt,
@@ -78,9 +77,7 @@ def _chat_choice(answer: CompletionOutput, num_logprobs: int | None) -> dict[str
     return {
         "index": answer.index,
         "message": {"role": "assistant", "content": answer.text, "refusal": None},
-        "logprobs": None
-        if num_logprobs is None
-        else {"content": _logprobs(answer, num_logprobs), "refusal": None},
+        "logprobs": None if num_logprobs is None else {"content": _logprobs(answer, num_logprobs), "refusal": None},
         "finish_reason": answer.finish_reason,
     }
 

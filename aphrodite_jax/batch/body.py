@@ -127,9 +127,7 @@ def derive_seed(base: int, custom_id: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4])
 
 
-def sampling_params(
-    kind: str, options: Mapping[str, Any], *, seed: int, default_max_tokens: int
-) -> SamplingParams:
+def sampling_params(kind: str, options: Mapping[str, Any], *, seed: int, default_max_tokens: int) -> SamplingParams:
     """The engine's form of ``options``: a body without its model, messages and prompt.
 
     Args:

@@ -107,17 +107,13 @@ def open_job(
     sidecar = f"{target}.job.json"
     try:
         if not os.path.isfile(source):
-            raise BatchError(
-                f"the input {str(input_path)!r} is not a file; a job is read from a regular file"
-            )
+            raise BatchError(f"the input {str(input_path)!r} is not a file; a job is read from a regular file")
         summary = scan_input(source)
     except OSError as error:
         raise BatchError(f"can't read the input {str(input_path)!r}: {error.strerror}") from error
     for path in (target, sidecar):
         if os.path.exists(path) and os.path.samefile(path, source):
-            raise BatchError(
-                f"the output {str(output_path)!r} would overwrite the input; give another output"
-            )
+            raise BatchError(f"the output {str(output_path)!r} would overwrite the input; give another output")
     names = model_names(model_config, served_model_names)
     identity = {
         "format": _FORMAT,

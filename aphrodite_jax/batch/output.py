@@ -94,9 +94,7 @@ def open_output(path: str) -> Iterator[OutputFile]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BatchError(
-                f"another run is writing {path!r}; wait for it or give another output"
-            ) from error
+            raise BatchError(f"another run is writing {path!r}; wait for it or give another output") from error
         except OSError as error:
             raise _refused(path, error) from error
         yield OutputFile(fd, path, created=created)

@@ -25,9 +25,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 class Refusal(RequestError):
     """One line's error: an HTTP status, a code, and the option to blame if there is one."""
 
-    def __init__(
-        self, message: str, *, code: str = "invalid_value", param: str | None = None, status: int = 400
-    ):
+    def __init__(self, message: str, *, code: str = "invalid_value", param: str | None = None, status: int = 400):
         super().__init__(message)
         self.code, self.param, self.status = code, param, status
 

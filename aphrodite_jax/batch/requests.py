@@ -65,9 +65,7 @@ def decode_line(line: Line) -> dict[str, Any]:
     if line.data is None:
         raise Refusal("the line is longer than the limit of 256 MiB", code="invalid_json")
     try:
-        value = json.loads(
-            line.data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        value = json.loads(line.data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except Refusal:
         raise
     except RecursionError as error:
@@ -75,9 +73,7 @@ def decode_line(line: Line) -> dict[str, Any]:
     except ValueError as error:
         raise Refusal(f"the line is not JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise Refusal(
-            f"a line must hold a JSON object, this one holds {type(value).__name__}", code="invalid_json"
-        )
+        raise Refusal(f"a line must hold a JSON object, this one holds {type(value).__name__}", code="invalid_json")
     return value
 
 

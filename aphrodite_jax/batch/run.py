@@ -147,9 +147,7 @@ class _Group:
             value = decode_line(line)
             custom_id = custom_id_of(value)
             if custom_id in self.custom_ids:
-                raise Refusal(
-                    "custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id"
-                )
+                raise Refusal("custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id")
             self.custom_ids.add(custom_id)
             request = parse_request(value, self.job.defaults)
             prompt = self.llm.render_chat(request.source) if request.kind == "chat" else _prompt(request.source)

@@ -171,7 +171,7 @@ class AphroditeEngine:
         plan = self.scheduler.schedule()
         if plan is None:
             if self._requests:
-                raise RuntimeError(f"nothing can be scheduled, yet {len(self._requests)} requests wait: a bug of the engine")
+                raise RuntimeError(f"a bug of the engine: nothing to schedule, yet {len(self._requests)} requests wait")
             return []
         self._encode(plan)
         logits, hidden, offsets = self.runner.forward(
@@ -196,7 +196,7 @@ class AphroditeEngine:
         for item, rows in plan.encode:
             if item.embeds is not None:
                 self.runner.store(item.embeds, rows)
-            else:
+            elif item.mm_kwargs is not None:
                 shape = tuple((name, array.shape) for name, array in sorted(item.mm_kwargs.items()))
                 by_shape.setdefault((item.modality, shape), []).append((item.mm_kwargs, rows))
         for group in by_shape.values():
@@ -221,6 +221,7 @@ class AphroditeEngine:
             a, b = max(begin, item.placeholder.offset), min(end, item.placeholder.stop)
             if a < b:
                 rows = self.scheduler.encoder_cache.lookup(item.content_hash)
+                assert rows is not None, "a running sequence's media are pinned"
                 media_rows[a - begin : b - begin] = rows[a - item.placeholder.offset : b - item.placeholder.offset]
         return media_rows
 
@@ -271,9 +272,11 @@ class AphroditeEngine:
         sequence = chunk.sequence
         request = self._requests[sequence.sequence_id.rpartition("/")[0]]
         count = request.params.prompt_logprobs
-        first = len(request.prompt_logprobs or ()) - 1  # rows before it are done; the last row predicts the answer
+        if count is None or request.prompt_logprobs is None or sequence is not request.sequences[0]:
+            return
+        first = len(request.prompt_logprobs) - 1  # rows before it are done; the last row predicts the answer
         begin, end = max(chunk.begin, first), min(chunk.end, sequence.prompt_length - 1)
-        if count is None or begin >= end or sequence is not request.sequences[0]:
+        if begin >= end:
             return
         targets = sequence.prompt.token_ids[begin + 1 : end + 1]
         rows = np.arange(offset + begin - chunk.begin, offset + end - chunk.begin)

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false
+# (NumPy arrays here are JAX arrays once a program takes them.)
 """One step's rows as arrays: tokens, positions, intervals, pages, in the padded layout of a bucket.
 
 Prefill: each request's chunk starts a new tile and is padded to whole tiles.

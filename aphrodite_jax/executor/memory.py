@@ -1,8 +1,7 @@
 """Where a device's memory goes, and how many KV pages are left."""
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from aphrodite_jax.errors import ConfigError
 
@@ -43,7 +42,7 @@ def kv_bytes_per_page(shapes, page_size: int, itemsize: int) -> int:
     return sum(2 * page_size * heads * head_dim * itemsize for heads, head_dim in shapes)
 
 
-def device_limit(device: jax.Device, fraction: float) -> int | None:
+def device_limit(device: Any, fraction: float) -> int | None:
     """Bytes that may be used on ``device``; None on CPU."""
     if device.platform == "cpu":
         return None

@@ -11,6 +11,7 @@ The KV cache and the encoder cache are donated to each program that writes them 
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: Any,
         model_config: ModelConfig,
         engine_config: EngineConfig,
         *,
@@ -62,6 +63,7 @@ class ModelRunner:
         max_num_batched_tokens: int,
     ):
         hf_config = model_config.hf_config
+        self._graphdef: Any
         self._graphdef, self._params = nnx.split(model)
         self._model_cls = type(model)
         self._multimodal = supports_multimodal(type(model))
@@ -177,7 +179,7 @@ class ModelRunner:
             rows = np.minimum(np.arange(begin, begin + PROMPT_LOGPROB_ROWS), len(targets) - 1)
             job = self._prompt_logprobs_job(hidden[rows], np.pad(part, (0, padding)).astype(np.int32))
             result = jax.device_get(self.programs.run(job))
-            parts.append(jax.tree.map(lambda x, keep=slice(len(part)): x[keep], result))
+            parts.append(jax.tree.map(lambda x, n=part.size: x[:n], result))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     # Programs: each method says what one takes, for a run and for compiling ahead alike.
@@ -194,7 +196,9 @@ class ModelRunner:
             )
             return model.compute_logits(hidden[batch.last_rows]), hidden, kv_caches
 
-        key = (len(batch.input_ids), len(batch.metadata.paged.tile_request), len(batch.last_rows))
+        paged = batch.metadata.paged
+        assert paged is not None
+        key = (len(batch.input_ids), len(paged.tile_request), len(batch.last_rows))
         args = (self._params, self._kv_caches, self._encoder_cache, batch)
         return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
 
@@ -340,10 +344,10 @@ class ModelRunner:
         )
 
     def _page_shapes(self, num_pages: int) -> tuple[KVCache, ...]:
-        return tuple(
-            KVCache(*(self._shape((num_pages, self.page_size, heads, head_dim), self._dtype),) * 2)
-            for heads, head_dim in self._kv_shapes
-        )
+        def pages(heads, head_dim) -> Any:
+            return self._shape((num_pages, self.page_size, heads, head_dim), self._dtype)
+
+        return tuple(KVCache(pages(*shape), pages(*shape)) for shape in self._kv_shapes)
 
     @staticmethod
     def _shape(shape, dtype) -> jax.ShapeDtypeStruct:

@@ -52,7 +52,7 @@ def render_chat(
     for form in forms:
         try:
             rendered = form(conversation, placeholders)
-            text = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+            text: Any = tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
             problems.append(f"{type(error).__name__}: {error}")
             continue
@@ -177,7 +177,7 @@ class _Shield:
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, model_cls: type):
         self._tokenizer = tokenizer
-        # Tokens that are added but not special are text to the model (runs of spaces, HTML tags), unless they place media.
+        # Tokens that are added but not special are text to the model (runs of spaces, tags), unless they place media.
         placeholders = "".join(
             model_cls.placeholder_str(modality, 1)
             for modality in MULTIMODAL_REGISTRY.modalities(model_cls)
@@ -211,7 +211,7 @@ class _Shield:
 
         There, a processor adds those of the tokenizer unless the text begins with one; a tokenizer adds none.
         """
-        bos = self._tokenizer.bos_token
+        bos: Any = self._tokenizer.bos_token
         special = multimodal and not (bos and text.startswith(bos))
         pieces = self._marked.split(text)  # text, number, text, number, ..., text
         ids = list(self._tokenizer(pieces[0], add_special_tokens=special)["input_ids"])

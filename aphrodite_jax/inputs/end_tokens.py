@@ -42,6 +42,6 @@ def _of_generation_config(model_config: ModelConfig) -> Any:
     if optional_file(name, transformers.utils.GENERATION_CONFIG_NAME, revision) is None:
         return None
     try:
-        return transformers.GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        return transformers.GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
     except Exception as error:  # damaged files come as errors of many types
         raise ConfigError(f"can't read the generation config of {name!r}: {error}") from error

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import transformers
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError

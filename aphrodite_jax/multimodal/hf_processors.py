@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import transformers
-from flax.core import unfreeze
+from flax.core import FrozenDict, unfreeze
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, RegistrationError
@@ -31,6 +31,7 @@ class OncePerConfig(Generic[ValueT]):
         self.__doc__ = load.__doc__
 
     def __call__(self, model_config: ModelConfig) -> ValueT:
+        """What is loaded for this very config, loaded now if it was not before."""
         with self._lock:
             key = id(model_config)
             if key not in self._kept:
@@ -53,7 +54,7 @@ def image_processor(model_config: ModelConfig) -> Any:
         raise ConfigError(_missing(name, "image", error)) from error
     if getattr(processor, "backend", "pil") != "pil":
         raise ConfigError(_missing(name, "image", f"{type(processor).__name__} needs torchvision and has no PIL form"))
-    options = unfreeze(model_config.mm_processor_kwargs)  # Hugging Face takes nested plain dicts alone
+    options = unfreeze(FrozenDict(model_config.mm_processor_kwargs))  # Hugging Face takes nested plain dicts alone
     known = set(getattr(type(processor), "valid_kwargs", transformers.ImagesKwargs).__annotations__) - _NOT_OPTIONS
     if unknown := sorted(set(options) - known):
         raise ConfigError(

@@ -60,7 +60,8 @@ def _check(q, k_pages, v_pages, block_tables, tile_request, kv_start, kv_stop) -
         raise ValueError(f"{q.shape[1]} query heads can't share {k_pages.shape[2]} key heads evenly: {shapes}")
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k_pages, v_pages)):
         raise ValueError(f"q and pages are floating point, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
-    if block_tables.ndim != 2 or tile_request.ndim != 1 or q.shape[0] % max(1, tile_request.shape[0]):
+    tiles = tile_request.shape[0] if tile_request.ndim == 1 else 0
+    if block_tables.ndim != 2 or not tiles or q.shape[0] % tiles:
         raise ValueError(
             f"expected block_tables [R, M] and tile_request [G] with G dividing T = {q.shape[0]}, got "
             f"{block_tables.shape} and {tile_request.shape}"

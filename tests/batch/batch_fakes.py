@@ -94,9 +94,7 @@ def _output(request_id, text, params, history, *, finished):
         CompletionOutput(index=index, text=answer, token_ids=(1, 2), finish_reason="stop", logprobs=logprobs)
         for index in range(params.n)
     )
-    return RequestOutput(
-        request_id=request_id, prompt=text, prompt_token_ids=(1, 2, 3), outputs=answers, finished=True
-    )
+    return RequestOutput(request_id=request_id, prompt=text, prompt_token_ids=(1, 2, 3), outputs=answers, finished=True)
 
 
 def chat_line(custom_id, text="hello", **options):

@@ -157,8 +157,8 @@ JSON = st.recursive(
     max_leaves=8,
 )
 OPTION = st.sampled_from(
-    ["model", "messages", "prompt", "n", "temperature", "top_p", "top_k", "stop", "seed", "max_tokens"]
-    + ["logit_bias", "logprobs", "top_logprobs", "stop_token_ids", "stream", "tools", "response_format", "x"]
+    "model messages prompt n temperature top_p top_k stop seed max_tokens logit_bias logprobs top_logprobs "
+    "stop_token_ids stream tools response_format x".split()
 )
 
 
@@ -187,9 +187,7 @@ def test_any_bytes_are_an_object_or_a_refusal(data):
 def test_lines_are_those_that_are_not_blank(tmp_path_factory, lines, ended):
     path = tmp_path_factory.mktemp("lines") / "input"
     path.write_bytes(b"\n".join(lines) + b"\n" * ended)
-    expected = [
-        (number, data if len(data) <= 4 else None) for number, data in enumerate(lines, 1) if data.strip()
-    ]
+    expected = [(number, data if len(data) <= 4 else None) for number, data in enumerate(lines, 1) if data.strip()]
     found = list(read_lines(path, max_line_bytes=4))
     assert [(line.number, line.data and line.data.rstrip(b"\n")) for line in found] == expected
     assert scan_input(path).num_lines == len(expected)

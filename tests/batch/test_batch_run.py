@@ -63,9 +63,7 @@ def test_answers_stand_in_the_order_of_the_input(llm, tmp_path):
 
 def test_answers_do_not_depend_on_where_a_run_began(tmp_path):
     size = 4 * GROUP_ROUNDS
-    requests = write_requests(
-        tmp_path / "requests.jsonl", [chat_line(f"r{i}", f"p{i}") for i in range(3 * size)]
-    )
+    requests = write_requests(tmp_path / "requests.jsonl", [chat_line(f"r{i}", f"p{i}") for i in range(3 * size)])
 
     def run(name):
         run_batch(

@@ -254,6 +254,20 @@ def test_media_of_a_running_prompt_stay_and_others_wait_for_room():
     assert device.scheduler.running == [a, b, c]
 
 
+def test_a_prompt_whose_media_fit_in_part_keeps_nothing_while_it_waits():
+    device = Device()
+    device.scheduler.add(sequence("a", 20, [("p", 0, 6)]))
+    device.scheduler.add(sequence("b", 8, [("q", 0, 3), ("r", 4, 5)]))
+    device.step()
+    plan = device.step()  # there is room for b's rows, but not for r beside p
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == ["a"]
+    assert device.scheduler.encoder_cache.lookup("q") is None
+    assert len(device.scheduler.blocks.block_table("b")) == 0
+    plan = device.step()
+    assert [chunk.sequence.sequence_id for chunk in plan.chunks] == ["b"]
+    assert [item.content_hash for item, _ in plan.encode] == ["q", "r"]
+
+
 def test_one_item_in_two_prompts_and_twice_in_one_is_encoded_once():
     device = Device()
     device.scheduler.add(sequence("a", 8, [("p", 0, 2), ("p", 4, 2)]))

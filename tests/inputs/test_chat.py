@@ -40,6 +40,12 @@ TEXT_PARTS = """\
 Q: {% if message.content is string %}{{ message.content }}{% else -%}
 {%- for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}
 {% endfor %}A:"""
+DROPS_IMAGES = """\
+{%- for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endfor -%}
+"""
+FIRST_IMAGE = """\
+{%- for m in messages %}{% for part in m.content %}{{ part.text or '<image>' }}{% endfor %}{% break %}{% endfor -%}
+"""
 DROPS_TEXT = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}"
 
 
@@ -136,7 +142,11 @@ def test_several_images_in_several_messages_keep_their_order(llava):
     assert repr(messages) == before
     processed = INPUT_REGISTRY.process_input(llava[1], LLMInputs(**prompt))
     assert [item.getpixel((0, 0)) for item in processed.multi_modal_data["image"]] == [
-        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]  # fmt: skip
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+        (255, 255, 255),
+    ]
 
 
 def test_a_text_models_template(text_model):
@@ -206,11 +216,17 @@ def test_a_template_that_fails_or_drops_text(make, template, message):
 @pytest.mark.parametrize(
     ("template", "count"),
     [
-        ("{% for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endfor %}", 0),
-        ("{% for m in messages %}{% for part in m.content %}{{ part.text or '<image>' }}{% endfor %}{% break %}{% endfor %}", 1),
+        (
+            DROPS_IMAGES,
+            0,
+        ),
+        (
+            FIRST_IMAGE,
+            1,
+        ),
         (PARTS.replace("<image>", "<image><image>"), 4),
     ],
-)  # fmt: skip
+)
 def test_an_image_is_never_dropped(make, template, count):
     messages = [user("this?", image(picture("red"))), user(image(picture("blue")))]
     with pytest.raises(RequestError, match=f"it has {count} <image> for 2 image items"):
@@ -359,15 +375,30 @@ def test_a_placeholder_that_is_no_special_token_is_kept_apart_too(make, monkeypa
         ([{"role": "user"}], "the content of a message is text or a list of parts, got None"),
         ([{"role": "user", "content": 3}], "the content of a message is text or a list of parts, got 3"),
         ([{"role": "user", "content": {"type": "text"}}], "the content of a message is text or a list of parts"),
-        ([{"role": "user", "content": "x", "name": "a", 3: 4}], "a message has 'role' and 'content', got 'name', 3 too"),
+        (
+            [{"role": "user", "content": "x", "name": "a", 3: 4}],
+            "a message has 'role' and 'content', got 'name', 3 too",
+        ),
         ([{"role": "user", "content": ["x"]}], "a part of a message is a dict with 'type', got 'x'"),
-        ([{"role": "user", "content": [Image.new("L", (1, 1))]}], "a part of a message is a dict with 'type', got <PIL"),
-        ([{"role": "user", "content": [{"text": "x"}]}], "a part's type is one of text, image_url, image, video, audio; got None"),
+        (
+            [{"role": "user", "content": [Image.new("L", (1, 1))]}],
+            "a part of a message is a dict with 'type', got <PIL",
+        ),
+        (
+            [{"role": "user", "content": [{"text": "x"}]}],
+            "a part's type is one of text, image_url, image, video, audio; got None",
+        ),
         ([{"role": "user", "content": [{"type": "smell", "smell": 1}]}], "a part's type is one of .*; got 'smell'"),
         ([{"role": "user", "content": [{"type": ["text"]}]}], r"a part's type is one of .*; got \['text'\]"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"a part of type 'text' has the keys 'type' and 'text', got \['type'\]"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            r"a part of type 'text' has the keys 'type' and 'text', got \['type'\]",
+        ),
         ([{"role": "user", "content": [{"type": "image"}]}], r"a part of type 'image' has the keys 'type' and 'image'"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x", 3: 1}]}], r"has the keys 'type' and 'text', got \["),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x", 3: 1}]}],
+            r"has the keys 'type' and 'text', got \[",
+        ),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "the text of a part is a string, got 3"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": 3}]}], "image_url is {'url': .*got 3"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url is {'url': .*got {}"),
@@ -382,7 +413,7 @@ def test_a_placeholder_that_is_no_special_token_is_kept_apart_too(make, monkeypa
         ),
         ([{"role": "user", "content": ["x" * 500]}], r"got 'x{56}\.\.\.$"),
     ],
-)  # fmt: skip
+)
 def test_messages_of_another_form(llava, messages, message):
     with pytest.raises(RequestError, match=message):
         render_chat(messages, *llava)

@@ -86,8 +86,11 @@ def expand(ctx, inputs, length=3) -> LLMInputs:
     images = inputs.multi_modal_data.get("image", ())
     tokens, ranges = expand_placeholders(inputs.prompt_token_ids, IMAGE, [length] * len(images))
     return LLMInputs(
-        prompt_token_ids=tokens, prompt=inputs.prompt, multi_modal_data=inputs.multi_modal_data, placeholders={"image": ranges}
-    )  # fmt: skip
+        prompt_token_ids=tokens,
+        prompt=inputs.prompt,
+        multi_modal_data=inputs.multi_modal_data,
+        placeholders={"image": ranges},
+    )
 
 
 # Processing.

@@ -101,5 +101,5 @@ def test_a_damaged_generation_config(tmp_path):
 
 @pytest.mark.parametrize("value", ["</s>", ["</s>"], 2.5, {"a": 1}])
 def test_an_end_token_that_is_none(tmp_path, value):
-    with pytest.raises(ConfigError, match="eos_token_id of .* is a token id or a list of them, got"):
+    with pytest.raises(ConfigError, match=r"eos_token_id of .* is a token id or a list of them, got"):
         end_token_ids(write(tmp_path, generation=value))

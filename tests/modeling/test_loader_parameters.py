@@ -86,9 +86,7 @@ def test_convolutions_compute_what_their_checkpoint_says(tmp_path, tensors):
     expected = jax.lax.conv(pixels, tensors["patches.weight"], (2, 2), "VALID")  # [B, D, rows, columns]
     expected = expected.reshape(2, 8, -1).swapaxes(1, 2) + tensors["patches.bias"][None, None]
     np.testing.assert_allclose(model.patches(pixels), expected, atol=1e-5)
-    expected = jax.lax.conv(pixels, tensors["conv.weight"], (1, 1), "SAME") + tensors["conv.bias"].reshape(
-        1, 7, 1, 1
-    )
+    expected = jax.lax.conv(pixels, tensors["conv.weight"], (1, 1), "SAME") + tensors["conv.bias"].reshape(1, 7, 1, 1)
     actual = model.conv(pixels.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 

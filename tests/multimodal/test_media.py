@@ -337,7 +337,7 @@ def test_files_lie_below_media_roots(tmp_path, directory):
 def test_a_truncated_file(model_config, kind):
     content = encoded(Image.fromarray(noise(64, 64)), kind)
     for length in (len(content) // 2, len(content) - len(content) // 4):
-        with pytest.raises(MediaError, match="is damaged or truncated|is no image file that can be read"):
+        with pytest.raises(MediaError, match=r"is damaged or truncated|is no image file that can be read"):
             open_image(content[:length], model_config)
 
 

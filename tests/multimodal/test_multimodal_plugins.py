@@ -180,7 +180,7 @@ def test_the_default_bound_of_image_tokens(tmp_path):
     assert bound(towerless) == 9
     text = llava_files.write_config(tmp_path / "c", llava_files.text_config())
     with pytest.raises(
-        RegistrationError, match="does not tell how many tokens one image item takes.*register_max_image_tokens"
+        RegistrationError, match=r"does not tell how many tokens one image item takes.*register_max_image_tokens"
     ):
         bound(InputContext(ModelConfig(model=text)))
 
@@ -198,7 +198,7 @@ def test_the_processors_options(model_config):
         ConfigError, match=r"CLIPImageProcessor\w* has no option 'cropsize'; its options are .*crop_size"
     ):
         pixels(cropsize=3)
-    with pytest.raises(ConfigError, match="mm_processor_kwargs.*size"):
+    with pytest.raises(ConfigError, match=r"mm_processor_kwargs.*size"):
         pixels(size="large")
 
 
@@ -208,7 +208,7 @@ def test_no_processor_to_use(tmp_path, content):
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(
-        ConfigError, match="the default image mapper has no Hugging Face processor.*register_image_input_mapper"
+        ConfigError, match=r"the default image mapper has no Hugging Face processor.*register_image_input_mapper"
     ):
         MULTIMODAL_REGISTRY.map_input(ModelConfig(model=tmp_path), {"image": picture()})
 
@@ -273,7 +273,7 @@ def test_the_pixel_limit_holds_for_frames(model_config):
 
 def test_the_default_video_mapper_needs_a_processor(model_config):
     with pytest.raises(
-        ConfigError, match="the default video mapper has no Hugging Face processor.*register_video_input_mapper"
+        ConfigError, match=r"the default video mapper has no Hugging Face processor.*register_video_input_mapper"
     ):
         VideoPlugin().default_mapper(InputContext(model_config), [np.zeros((2, 4, 4, 3), np.uint8)])
 

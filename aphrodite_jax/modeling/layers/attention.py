@@ -69,13 +69,14 @@ def attend(
 
     With a cache, ``k`` and ``v`` are written to their pages first, and the new pages are returned.
     """
-    start, stop = metadata.intervals[mask]
+    start, stop = map(jnp.asarray, metadata.intervals[mask])
     if kv_cache is None:
         out = interval_attention(
             q[None], k[None], v[None], start[None], stop[None], scale=scale, soft_cap=soft_cap
         )
         return out[0], None
     paged = metadata.paged
+    assert paged is not None, "a batch with a cache says where its pages are"
     kv_cache = KVCache(
         kv_write(kv_cache.k_pages, k, paged.slots), kv_write(kv_cache.v_pages, v, paged.slots)
     )

@@ -119,9 +119,7 @@ def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 def _check_tied(path: str, head: StoredTensor, embeddings: Mapping[str, StoredTensor]) -> None:
     """Refuse an output head that the config says is the input embeddings, and that differs from them."""
     prefix = path.removesuffix("lm_head.weight")
-    twins = [
-        tensor for p, tensor in embeddings.items() if p.startswith(prefix) and tensor.shape == head.shape
-    ]
+    twins = [tensor for p, tensor in embeddings.items() if p.startswith(prefix) and tensor.shape == head.shape]
     if len(twins) == 1 and twins[0].dtype == head.dtype and head.dtype in FLOAT_DTYPES:
         pairs = zip(read_blocks(head), read_blocks(twins[0]), strict=True)
         if all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in pairs):

@@ -6,6 +6,8 @@ the rows as wide as the language model; they replace one ``<image>`` token each,
 """
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import transformers
@@ -34,7 +36,7 @@ LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
 # Inputs: pure functions of the config and of one request.
 
 
-def num_image_tokens(config: transformers.LlavaConfig) -> int:
+def num_image_tokens(config) -> int:
     """Rows that the model makes of one image, and tokens that stand for it in the prompt."""
     vision = config.vision_config
     rows = (vision.image_size // vision.patch_size) ** 2 + _tower_class(config).has_class_token
@@ -46,9 +48,9 @@ def max_image_tokens(ctx: InputContext) -> int:
     return num_image_tokens(ctx.get_hf_config(transformers.LlavaConfig))
 
 
-def dummy_data(ctx: InputContext, seq_len: int, mm_counts: dict[str, int]) -> DummyData:
+def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
     """As many images as allowed, each behind its placeholder token, then padding up to ``seq_len`` tokens."""
-    config = ctx.get_hf_config(transformers.LlavaConfig)
+    config: Any = ctx.get_hf_config(transformers.LlavaConfig)
     count, size = mm_counts["image"], config.vision_config.image_size
     padding = seq_len - count * num_image_tokens(config)
     if padding < 0:
@@ -83,7 +85,7 @@ def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
 class LlavaMultiModalProjector(nnx.Module):
     """Rows of the tower to rows as wide as the language model."""
 
-    def __init__(self, config: transformers.LlavaConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         width = config.text_config.hidden_size
         kw = {
             "use_bias": config.multimodal_projector_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs
@@ -115,7 +117,7 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
         WeightRule(r"lm_head\.(.*)", r"language_model.lm_head.\1"),
     )
 
-    def __init__(self, config: transformers.LlavaConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.config = config
         kw = {"dtype": dtype, "rngs": rngs}
         self.vision_tower = _tower_class(config)(config.vision_config, **kw)
@@ -192,12 +194,12 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
         return self.language_model.compute_logits(hidden_states)
 
 
-def _layers(config: transformers.LlavaConfig) -> tuple[int, ...]:
+def _layers(config) -> tuple[int, ...]:
     layer = config.vision_feature_layer
     return (layer,) if isinstance(layer, int) else tuple(layer)
 
 
-def _tower_class(config: transformers.LlavaConfig) -> type:
+def _tower_class(config) -> type:
     kind = config.vision_config.model_type
     if kind not in VISION_TOWERS:
         raise ConfigError(
@@ -206,7 +208,7 @@ def _tower_class(config: transformers.LlavaConfig) -> type:
     return VISION_TOWERS[kind]
 
 
-def _language_model_class(config: transformers.LlavaConfig) -> type:
+def _language_model_class(config) -> type:
     kind = config.text_config.model_type
     if kind not in LANGUAGE_MODELS:
         raise ConfigError(
