@@ -143,9 +143,7 @@ class LLM:
         """
         return render_chat(messages, self.tokenizer, self.model_config)
 
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The answer to one prompt as it grows; the last output is finished.
 
         Raises:

@@ -74,12 +74,18 @@ class SamplingParams:
             ("seed", self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**32), "in [0, 2**32)"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("max_tokens", _whole(self.max_tokens) and self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", _whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
-             "between 0 and max_tokens"),
+            (
+                "min_tokens",
+                _whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                "between 0 and max_tokens",
+            ),
             ("logprobs", _count(self.logprobs), f"None or 0 to {MAX_LOGPROBS}"),
             ("prompt_logprobs", _count(self.prompt_logprobs), f"None or 0 to {MAX_LOGPROBS}"),
-            ("logit_bias", len(bias) <= MAX_LOGIT_BIAS and all(-100 <= v <= 100 for v in bias.values()),
-             f"at most {MAX_LOGIT_BIAS} tokens with values in [-100, 100]"),
+            (
+                "logit_bias",
+                len(bias) <= MAX_LOGIT_BIAS and all(-100 <= v <= 100 for v in bias.values()),
+                f"at most {MAX_LOGIT_BIAS} tokens with values in [-100, 100]",
+            ),
         ):
             if not ok:
                 raise ConfigError(f"SamplingParams: {name} must be {rule}, got {getattr(self, name)!r}")

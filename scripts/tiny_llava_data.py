@@ -450,9 +450,7 @@ def _affine(pixels, center, target, scale, angle, fill, resample) -> np.ndarray:
         -sin, cos, center[1] + sin * target[0] - cos * target[1],
     )  # fmt: skip
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(
-        image.transform((CANVAS, CANVAS), Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
-    )
+    return np.asarray(image.transform((CANVAS, CANVAS), Image.Transform.AFFINE, matrix, resample, fillcolor=fill))
 
 
 def _augment_digit(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

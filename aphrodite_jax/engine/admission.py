@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
-from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
 from kernels_pallas import intervals
@@ -138,8 +138,7 @@ class PromptPreparer:
         total = sum(item.placeholder.length for item in media)
         if total > self._max_media_rows:
             raise RequestError(
-                f"the media take {total} rows, the encoder cache has {self._max_media_rows}: "
-                "raise encoder_cache_tokens"
+                f"the media take {total} rows, the encoder cache has {self._max_media_rows}: raise encoder_cache_tokens"
             )
         return tuple(sorted(media, key=lambda item: item.placeholder.offset))
 

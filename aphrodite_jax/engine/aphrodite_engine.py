@@ -1,8 +1,8 @@
 """The engine: requests in, steps, answers out.
 
-    add_request   tokenize, process, map, check; one sequence per answer is queued
-    step          schedule, encode and run on the device, take in the sampled tokens
-    abort_request
+add_request   tokenize, process, map, check; one sequence per answer is queued
+step          schedule, encode and run on the device, take in the sampled tokens
+abort_request
 """
 
 import dataclasses
@@ -99,9 +99,7 @@ class AphroditeEngine:
 
     # Requests.
 
-    def add_request(
-        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> None:
+    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Prepare a prompt and queue it.
 
         Args:
@@ -114,9 +112,7 @@ class AphroditeEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         params = sampling_params or SamplingParams()
-        check_sampling_params(
-            params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids)
-        )
+        check_sampling_params(params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids))
         number, self._num_requests = self._num_requests, self._num_requests + 1
         prepared = self._prepare(prompt)
         sequences = tuple(
@@ -174,9 +170,7 @@ class AphroditeEngine:
                 raise RuntimeError(f"a bug of the engine: nothing to schedule, yet {len(self._requests)} requests wait")
             return []
         self._encode(plan)
-        logits, hidden, offsets = self.runner.forward(
-            [self._rows(chunk) for chunk in plan.chunks], decode=plan.decode
-        )
+        logits, hidden, offsets = self.runner.forward([self._rows(chunk) for chunk in plan.chunks], decode=plan.decode)
         for chunk, offset in zip(plan.chunks, offsets, strict=True):
             self._take_prompt_logprobs(chunk, hidden, offset)
             self._advance(chunk)

@@ -30,9 +30,7 @@ def media_examples(
     model_cls = resolve_architecture(model_config.hf_config.architectures)
     if not supports_multimodal(model_cls):
         return ()
-    dummy = INPUT_REGISTRY.dummy_data_for_profiling(
-        model_config, model_config.context_length, MULTIMODAL_REGISTRY
-    )
+    dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, model_config.context_length, MULTIMODAL_REGISTRY)
     processed = INPUT_REGISTRY.process_input(
         model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=dummy.multi_modal_data)
     )

@@ -108,9 +108,7 @@ def build_batch(
                 )
                 for kind in mask_kinds
             },
-            lengths=padded(
-                [np.maximum(p + 1, r.prompt_length) for r, p in zip(rows, positions, strict=True)], fill=1
-            ),
+            lengths=padded([np.maximum(p + 1, r.prompt_length) for r, p in zip(rows, positions, strict=True)], fill=1),
             paged=PagedLayout(
                 slots=padded(slots, fill=num_pages * page_size),
                 block_tables=tables,

@@ -191,9 +191,7 @@ class ModelRunner:
             if self._multimodal:
                 media = encoder_cache[jnp.maximum(batch.media_rows, 0)]
                 embeds = jnp.where((batch.media_rows >= 0)[:, None], media, embeds)
-            hidden, kv_caches = model(
-                batch.input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds
-            )
+            hidden, kv_caches = model(batch.input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds)
             return model.compute_logits(hidden[batch.last_rows]), hidden, kv_caches
 
         paged = batch.metadata.paged
@@ -264,9 +262,7 @@ class ModelRunner:
         return self._build([row], num_tokens, requests, 1 if decode else TILE_SIZE)[0]
 
     def _dummy_sampling(self, rows: int) -> SamplingBatch:
-        return build_sampling_batch(
-            [], num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length
-        )
+        return build_sampling_batch([], num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length)
 
     def _logit_rows(self) -> tuple[int, ...]:
         prefill = {self.buckets.prefill_requests(tokens) for tokens in self.buckets.prefill_tokens}

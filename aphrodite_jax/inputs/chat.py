@@ -81,6 +81,8 @@ def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[st
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError(f"a message is a dict with 'role' and 'content', got {_short(message)}")
+        if not message["role"].isidentifier():
+            raise RequestError(f"a role is one word such as 'user', got {_short(message['role'])}")
         if unknown := sorted(map(repr, set(message) - {"role", "content"})):
             raise RequestError(f"a message has 'role' and 'content', got {', '.join(unknown)} too")
         content = message.get("content")

@@ -192,6 +192,10 @@ def test_chunks_take_whole_tiles_of_the_budget_in_the_order_of_arrival():
         ("c", 0, 3),
     ]
     assert device.step().decode
+    device = Device()
+    for name, length in (("a", 5), ("b", 2), ("c", 9)):  # tiles of 4: 8 + 4 rows of the budget, and 4 are left
+        device.scheduler.add(sequence(name, length))
+    assert [chunk.end for chunk in device.step().chunks] == [5, 2, 4]
 
 
 def test_a_run_of_rows_that_no_step_can_hold_is_refused():

@@ -33,9 +33,7 @@ def runner(model, tmp_path_factory):
     engine_config = EngineConfig(
         max_num_seqs=4, page_size=8, max_num_batched_tokens=64, on_recompile="raise", show_progress=False
     )
-    runner = ModelRunner(
-        model, ModelConfig(model=directory), engine_config, media_budget=0, max_num_batched_tokens=64
-    )
+    runner = ModelRunner(model, ModelConfig(model=directory), engine_config, media_budget=0, max_num_batched_tokens=64)
     runner.warm_up([], show_progress=False)
     return runner
 
@@ -61,12 +59,10 @@ def test_ragged_prefill_then_decode_equals_one_plain_call(model, runner):
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 96, n).astype(np.int32) for n in (37, 9))
     pages_a, pages_b = [7, 2, 9, 4, 11], [3, 5]
-    logits, _, offsets = runner.forward(
-        [rows(a, 0, 20, pages_a), rows(b, 0, 8, pages_b)], decode=False
-    )
+    logits, _, offsets = runner.forward([rows(a, 0, 20, pages_a), rows(b, 0, 8, pages_b)], decode=False)
     assert offsets.tolist() == [0, 32]
     np.testing.assert_allclose(logits[1], plain_logits(model, b)[7], atol=1e-5)
-    logits, hidden, offsets = runner.forward([rows(a, 20, 36, pages_a)], decode=False)
+    logits, _, _ = runner.forward([rows(a, 20, 36, pages_a)], decode=False)
     np.testing.assert_allclose(logits[0], plain_logits(model, a)[35], atol=1e-5)
     logits, _, _ = runner.forward([rows(a, 36, 37, pages_a), rows(b, 8, 9, pages_b)], decode=True)
     np.testing.assert_allclose(logits[0], plain_logits(model, a)[36], atol=1e-5)

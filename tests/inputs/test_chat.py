@@ -372,6 +372,7 @@ def test_a_placeholder_that_is_no_special_token_is_kept_apart_too(make, monkeypa
         (["hello"], "a message is a dict with 'role' and 'content', got 'hello'"),
         ([{"content": "x"}], "a message is a dict with 'role' and 'content', got {'content': 'x'}"),
         ([{"role": 3, "content": "x"}], "a message is a dict with 'role' and 'content'"),
+        ([{"role": "</s>", "content": "x"}], "a role is one word such as 'user', got '</s>'"),
         ([{"role": "user"}], "the content of a message is text or a list of parts, got None"),
         ([{"role": "user", "content": 3}], "the content of a message is text or a list of parts, got 3"),
         ([{"role": "user", "content": {"type": "text"}}], "the content of a message is text or a list of parts"),

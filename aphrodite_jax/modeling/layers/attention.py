@@ -71,15 +71,11 @@ def attend(
     """
     start, stop = map(jnp.asarray, metadata.intervals[mask])
     if kv_cache is None:
-        out = interval_attention(
-            q[None], k[None], v[None], start[None], stop[None], scale=scale, soft_cap=soft_cap
-        )
+        out = interval_attention(q[None], k[None], v[None], start[None], stop[None], scale=scale, soft_cap=soft_cap)
         return out[0], None
     paged = metadata.paged
     assert paged is not None, "a batch with a cache says where its pages are"
-    kv_cache = KVCache(
-        kv_write(kv_cache.k_pages, k, paged.slots), kv_write(kv_cache.v_pages, v, paged.slots)
-    )
+    kv_cache = KVCache(kv_write(kv_cache.k_pages, k, paged.slots), kv_write(kv_cache.v_pages, v, paged.slots))
     out = paged_attention(
         q, *kv_cache, paged.block_tables, paged.tile_request, start, stop, scale=scale, soft_cap=soft_cap
     )

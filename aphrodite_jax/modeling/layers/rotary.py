@@ -115,8 +115,7 @@ def _longrope(config, parameters, dim, lengths):
     trained = parameters["original_max_position_embeddings"]
     frequencies = _frequencies(parameters["rope_theta"], dim)
     short, long = (
-        jnp.asarray(frequencies / np.asarray(parameters[name], np.float32))
-        for name in ("short_factor", "long_factor")
+        jnp.asarray(frequencies / np.asarray(parameters[name], np.float32)) for name in ("short_factor", "long_factor")
     )
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:

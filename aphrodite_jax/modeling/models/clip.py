@@ -28,8 +28,7 @@ class VisionAttention(nnx.Module):
         """Attention within each image."""
         B, T, D = x.shape
         q, k, v = (
-            projection(x).reshape(B, T, self.num_heads, -1)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).reshape(B, T, self.num_heads, -1) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         start = jnp.zeros((B, T), jnp.int32)
         return self.out_proj(interval_attention(q, k, v, start, jnp.full_like(start, T)).reshape(B, T, D))
@@ -93,9 +92,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.config = config
         width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
         self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,), dtype))
-        self.patch_embedding = PatchEmbed(
-            config.num_channels, config.patch_size, width, use_bias=False, **kw
-        )
+        self.patch_embedding = PatchEmbed(config.num_channels, config.patch_size, width, use_bias=False, **kw)
         positions = (config.image_size // config.patch_size) ** 2 + 1
         self.position_embedding = nnx.Embed(positions, width, param_dtype=dtype, **kw)
 

@@ -123,13 +123,9 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
         qkv_bias, out_bias = self.attention_biases(config)
         kw = {"dtype": dtype, "rngs": rngs}
-        self.model = LlamaModel(
-            config, masks=self.layer_masks(config), qkv_bias=qkv_bias, out_bias=out_bias, **kw
-        )
+        self.model = LlamaModel(config, masks=self.layer_masks(config), qkv_bias=qkv_bias, out_bias=out_bias, **kw)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, param_dtype=dtype, **kw
-            )
+            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, param_dtype=dtype, **kw)
 
     @staticmethod
     def layer_masks(config) -> tuple[str, ...]:
@@ -182,6 +178,4 @@ def head_dim_of(config) -> int:
 
 
 def _norm(config, *, dtype, rngs):
-    return nnx.RMSNorm(
-        config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
+    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)

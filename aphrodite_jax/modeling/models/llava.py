@@ -87,9 +87,7 @@ class LlavaMultiModalProjector(nnx.Module):
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         width = config.text_config.hidden_size
-        kw = {
-            "use_bias": config.multimodal_projector_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs
-        }
+        kw = {"use_bias": config.multimodal_projector_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.act = activation(config.projector_hidden_act)
         self.linear_1 = nnx.Linear(config.vision_config.hidden_size * len(_layers(config)), width, **kw)
         self.linear_2 = nnx.Linear(width, width, **kw)
@@ -156,9 +154,7 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
 
     def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token embeddings; ids past the vocabulary (an image token may be one) give some row, to be replaced."""
-        return self.language_model.embed_input_ids(
-            jnp.minimum(input_ids, self.config.text_config.vocab_size - 1)
-        )
+        return self.language_model.embed_input_ids(jnp.minimum(input_ids, self.config.text_config.vocab_size - 1))
 
     def __call__(
         self,
@@ -185,9 +181,7 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
                     input_ids == self.config.image_token_index,
                     rows.reshape(-1, rows.shape[-1]),
                 )
-        return self.language_model(
-            input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds
-        )
+        return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Next-token logits, in float32."""
@@ -202,9 +196,7 @@ def _layers(config) -> tuple[int, ...]:
 def _tower_class(config) -> type:
     kind = config.vision_config.model_type
     if kind not in VISION_TOWERS:
-        raise ConfigError(
-            f"LLaVA with a vision tower {kind!r} is not supported; there are {', '.join(VISION_TOWERS)}"
-        )
+        raise ConfigError(f"LLaVA with a vision tower {kind!r} is not supported; there are {', '.join(VISION_TOWERS)}")
     return VISION_TOWERS[kind]
 
 

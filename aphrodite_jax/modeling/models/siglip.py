@@ -17,9 +17,7 @@ class SiglipVisionEmbeddings(nnx.Module):
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.config = config
         width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
-        self.patch_embedding = PatchEmbed(
-            config.num_channels, config.patch_size, width, use_bias=True, **kw
-        )
+        self.patch_embedding = PatchEmbed(config.num_channels, config.patch_size, width, use_bias=True, **kw)
         positions = (config.image_size // config.patch_size) ** 2
         self.position_embedding = nnx.Embed(positions, width, param_dtype=dtype, **kw)
 
