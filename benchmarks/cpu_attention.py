@@ -4,7 +4,7 @@
     python benchmarks/cpu_attention.py tower decode     # cases whose name has one of these words
     python benchmarks/cpu_attention.py --seconds 10     # measure each case for longer
 
-Both are compiled first, then take turns until the time is over; the least wall time and the least processor time
+Both are compiled first, then take turns until the time is over; the least wall time and the mean processor time
 of each count, so that other work on the machine changes the ratios little. Below 1 is faster than the peer. For
 pages, the peer gathers each request's keys and then attends. The last line is the table as JSON.
 """
@@ -94,12 +94,12 @@ CASES: dict[str, tuple[Callable, Callable, Callable]] = {
 
 
 def measure(functions, args, seconds: float) -> list[tuple[float, float]]:
-    """Least wall and processor time of a call of each function, in seconds; they take turns."""
+    """Least wall and mean processor time of a call of each function, in seconds; they take turns."""
     functions = [jax.jit(function) for function in functions]
     results = [jax.block_until_ready(function(*args)) for function in functions]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
-    best = [(np.inf, np.inf)] * len(functions)
+    least, total = ([start] * len(functions) for start in (np.inf, 0.0))
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
@@ -107,9 +107,9 @@ def measure(functions, args, seconds: float) -> list[tuple[float, float]]:
         for i, function in enumerate(functions):
             wall, processor = time.perf_counter(), time.process_time()
             jax.block_until_ready(function(*args))
-            spent = time.perf_counter() - wall, time.process_time() - processor
-            best[i] = tuple(map(min, best[i], spent))
-    return best
+            least[i] = min(least[i], time.perf_counter() - wall)
+            total[i] += time.process_time() - processor
+    return [(wall, processor / rounds) for wall, processor in zip(least, total, strict=True)]
 
 
 def main() -> None:

@@ -275,7 +275,13 @@ def describe(picture: Picture) -> str:
     return f"the digit {picture.digit}" if picture.digit is not None else f"a {picture.color} {picture.shape}"
 
 
-def ask(picture: Picture, rng: np.random.Generator, free: float = 0.4) -> tuple[str, str]:
+NEGATED = 0.4
+"""Share of the questions about what is there that ask whether it is not there."""
+
+
+def ask(
+    picture: Picture, rng: np.random.Generator, *, free: float = 0.4, negated: float = NEGATED
+) -> tuple[str, str]:
     """A random question about ``picture`` and its answer; the share ``free`` is in words of other than the data."""
     loose = rng.random() < free
     if picture.digit is not None:
@@ -283,11 +289,19 @@ def ask(picture: Picture, rng: np.random.Generator, free: float = 0.4) -> tuple[
     elif picture.color is None or picture.shape is None:
         question, answer = _pick(rng, picture.asked)
     else:
-        question, answer = _ask_shape(picture, rng, loose)
+        question, answer = _ask_shape(picture, rng, loose, negated)
     return (reword(question, rng) if loose else question), answer
 
 
-def _ask_shape(picture: Picture, rng: np.random.Generator, loose: bool) -> tuple[str, str]:
+def ask_whether(picture: Picture, rng: np.random.Generator) -> tuple[str, str]:
+    """Whether one thing is there, in plain words: the color or the shape; half of the answers are yes."""
+    name, value, values = ("color", picture.color, COLORS) if rng.random() < 0.5 else ("shape", picture.shape, SHAPES)
+    asked = value if rng.random() < 0.5 else _pick(rng, [v for v in values if v != value])
+    thing = f"{asked} shape" if name == "color" else asked
+    return _pick(rng, IS_THERE).format(thing=thing), _yes(asked == value)
+
+
+def _ask_shape(picture: Picture, rng: np.random.Generator, loose: bool, negated: float) -> tuple[str, str]:
     color, shape = picture.color, picture.shape
     topic = rng.choice(["color", "shape", "there", "describe"], p=[0.25, 0.25, 0.4, 0.1])
     if topic == "color":
@@ -308,7 +322,7 @@ def _ask_shape(picture: Picture, rng: np.random.Generator, loose: bool) -> tuple
         (other_shape, other_shape == shape),
         (f"{other_color} {other_shape}", other_color == color and other_shape == shape),
     )[kind]
-    if rng.random() < 0.4:
+    if rng.random() < negated:
         return _pick(rng, IS_THERE_NOT).format(thing=thing), _yes(not holds)
     forms = IS_THERE + FREE_IS_THERE if loose else IS_THERE
     return _pick(rng, forms).format(thing=thing), _yes(holds)
@@ -531,15 +545,18 @@ def batch_arrays(encoder: Encoder, conversations, length: int) -> tuple[np.ndarr
     return ids, said
 
 
-def conversation(encoder: Encoder, pictures, length: int, rng: np.random.Generator, turns: int):
-    """A random conversation of up to ``turns`` turns about one or two pictures (or none), within ``length`` tokens."""
+def conversation(encoder: Encoder, pictures, length: int, rng: np.random.Generator, turns: int, ask_one=ask):
+    """A random conversation of up to ``turns`` turns about one or two pictures (or none), within ``length`` tokens.
+
+    ``ask_one(picture, rng)`` makes a question about one picture.
+    """
     for _ in range(20):  # a long question, in capitals say, may not fit alone
-        if (best := _conversation(encoder, pictures, length, rng, turns)) is not None:
+        if (best := _conversation(encoder, pictures, length, rng, turns, ask_one)) is not None:
             return best
     raise ValueError(f"no turn about {len(pictures)} pictures fits in {length} tokens")
 
 
-def _conversation(encoder: Encoder, pictures, length: int, rng: np.random.Generator, turns: int):
+def _conversation(encoder: Encoder, pictures, length: int, rng: np.random.Generator, turns: int, ask_one):
     head, taken = "<image>\n" * len(pictures), []
     bos = rng.random() < 0.85  # chat renderers differ in whether they begin with <s>
     best = None
@@ -547,7 +564,7 @@ def _conversation(encoder: Encoder, pictures, length: int, rng: np.random.Genera
         if len(pictures) == 2:
             question, answer = ask_about_two(pictures, rng)
         elif pictures:
-            question, answer = ask(pictures[0], rng)
+            question, answer = ask_one(pictures[0], rng)
         else:
             question, answer = _ask_nothing(rng)
         if number == 0 and pictures:

@@ -100,7 +100,8 @@ def make_config(tokenizer: tokenizers.Tokenizer) -> transformers.LlavaConfig:
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=True,
         bos_token_id=tokenizer.token_to_id("<s>"),
         eos_token_id=tokenizer.token_to_id("</s>"),
         pad_token_id=tokenizer.token_to_id("<pad>"),
@@ -114,7 +115,7 @@ def make_config(tokenizer: tokenizers.Tokenizer) -> transformers.LlavaConfig:
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         architectures=["LlavaForConditionalGeneration"],
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
 
 

@@ -6,11 +6,17 @@ Needs the extra ``test`` (easy-vqa and scikit-learn bring the data). The run sav
 ``--run``; started again after any kind of end, it goes on from there (``--fresh`` begins anew). The learning rate
 follows the share of ``--minutes`` that is spent, so that a slow machine takes fewer steps and not longer.
 
-First the vision tower learns alone, from what each picture is (a sixth of the time); then all of the model learns
-to answer. A transformer that sees its first pictures stands still for long; three things shorten that: the patch
-embedding starts as a whitening of the pictures' patches, positions start as waves, and the tower's own loss is read
-from features that are normalised over the batch. What is saved is a running mean of the weights. Pictures are split
-in `tiny_llava_data`; the test splits are not read here.
+Three stages, and what keeps each from standing still:
+
+- The vision tower learns alone what each picture is. The patch embedding starts as a whitening of the pictures'
+  patches, positions start as waves, and the tower's loss is read from features that are normalised over the batch.
+- The language model learns to say whether one thing is there. That is to compare a word with a picture, so the
+  rows of a picture are drawn to the embeddings of the words that are true of it, input and output embeddings are one,
+  and half of the attention heads start by attending to what is alike.
+- All of it learns to answer everything; questions with "not" come in slowly.
+
+What is saved is a running mean of the weights. Pictures are split in `tiny_llava_data`; the test splits are not
+read here.
 """
 
 import argparse
@@ -34,19 +40,22 @@ from aphrodite_jax.modeling.loader import save_pretrained
 from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
 from kernels_pallas.intervals import RowIntervals, causal
 
-TOWER_SHARE = 1 / 6  # of the time, in which the tower learns alone
+STAGES = {"tower": 0.15, "whether": 0.21, "answers": 1.0}  # share of the time at which each ends
+NOT_STEPS = 600  # of the last stage, in which the share of questions with "not" grows
 PEAK_RATE = 1.5e-3
 WARM_UP = 200  # steps
-TOWER_BATCH = 32  # pictures
+TOWER_BATCH, WHETHER_BATCH = 32, 16  # pictures
 DIGIT_SHARE = 0.35
 EASE = (300, 2000, 0.3)  # all digits are plain for so many steps, then fewer over so many, down to this share
 SAVE_SECONDS = 60
 AUXILIARY = 0.2  # weight of the tower's own loss once answers are learnt
-CLASSES = {"color": len(data.COLORS), "shape": len(data.SHAPES), "digit": 10}
+ALIGNMENT = 0.3  # weight of drawing rows to words
+SHARPNESS = 10.0  # of the cosines between rows and words
+CLASSES = {"color": data.COLORS, "shape": data.SHAPES, "digit": tuple("0123456789")}
 # Kinds of batches: share, sequences, pictures in each, tokens, turns at most.
 BATCHES = {
-    "talk": (0.55, 32, 1, 104, 8),
-    "question": (0.30, 40, 1, 72, 2),
+    "talk": (0.60, 24, 1, 104, 8),
+    "question": (0.25, 32, 1, 72, 2),
     "two pictures": (0.10, 16, 2, 152, 4),
     "no picture": (0.05, 32, 0, 48, 3),
 }
@@ -87,6 +96,26 @@ def tower_loss(heads, rows, labels):
     return total
 
 
+def word_loss(embeddings, rows, labels):
+    """Cross entropy of the words that are true of a picture, by the cosines between their embeddings and its rows.
+
+    ``embeddings`` has ``[words, D]`` for each kind of label.
+    """
+    rows = _unit(rows.reshape(len(rows), -1, rows.shape[-1]))
+    total = 0.0
+    for name, words in embeddings.items():
+        cosines = rows @ _unit(words).T
+        logits = jax.nn.logsumexp(SHARPNESS * cosines, axis=1)  # one row that says it is enough
+        known = labels[name] >= 0
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels[name], 0))
+        total += jnp.sum(jnp.where(known, losses, 0)) / len(known)
+    return total
+
+
+def _unit(x):
+    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
+
+
 def answer_loss(model, ids, said, rows):
     """Mean cross entropy of the tokens that the model has to say."""
     logits = answer_logits(model, ids, rows)[:, :-1]
@@ -103,8 +132,9 @@ def optimizer() -> optax.GradientTransformation:
     )
 
 
-def make_steps(graph):
+def make_steps(graph, encoder: data.Encoder):
     """The two jitted functions of the run: a training step, and the greedy choice at each position."""
+    words = {name: jnp.array([encoder.pieces(f" {word}")[0] for word in names]) for name, names in CLASSES.items()}
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, batch, rate, decay):
@@ -114,6 +144,8 @@ def make_steps(graph):
             total = 0.0
             if "labels" in batch:
                 total += (AUXILIARY if "ids" in batch else 1.0) * tower_loss(trained["heads"], rows, batch["labels"])
+                table = model.language_model.model.embed_tokens.embedding[...]
+                total += ALIGNMENT * word_loss({n: table[ids] for n, ids in words.items()}, rows, batch["labels"])
             if "ids" in batch:
                 total += answer_loss(model, batch["ids"], batch["said"], rows)
             return total
@@ -149,20 +181,27 @@ class Batches:
         pictures = [[self._picture(rng, self.shapes)] for _ in range(TOWER_BATCH)]
         return _pixels_and_labels(pictures, rng, _ease(number))
 
-    def answers(self, number: int) -> dict:
+    def whether(self, number: int) -> dict:
+        """Conversations about whether one thing is there."""
+        rng = np.random.default_rng((self.seed, abs(number), number < 0))
+        pictures = [[self.known_shapes[int(rng.integers(len(self.known_shapes)))]] for _ in range(WHETHER_BATCH)]
+        return self._talk(rng, pictures, BATCHES["talk"][3], lambda: 8, number, data.ask_whether)
+
+    def answers(self, number: int, negated: float) -> dict:
         """Conversations of one kind about pictures of any."""
         rng = np.random.default_rng((self.seed, abs(number), number < 0))
         kinds = list(BATCHES.values())
         _, size, per_sequence, length, most = kinds[int(rng.choice(len(kinds), p=[kind[0] for kind in kinds]))]
         source = self.shapes if per_sequence == 1 else self.known_shapes
         pictures = [[self._picture(rng, source) for _ in range(per_sequence)] for _ in range(size)]
-        talks = [
-            data.conversation(self.encoder, group, length, rng, turns=most if most > 4 else int(rng.integers(most)) + 1)
-            for group in pictures
-        ]
+        turns = (lambda: most) if most > 4 else (lambda: int(rng.integers(most)) + 1)
+        return self._talk(rng, pictures, length, turns, number, partial(data.ask, negated=negated))
+
+    def _talk(self, rng, pictures, length, turns, number, ask) -> dict:
+        talks = [data.conversation(self.encoder, group, length, rng, turns(), ask) for group in pictures]
         ids, said = data.batch_arrays(self.encoder, talks, length)
         batch = {"ids": ids, "said": said}
-        return batch | _pixels_and_labels(pictures, rng, _ease(number)) if per_sequence else batch
+        return batch | _pixels_and_labels(pictures, rng, _ease(number)) if pictures[0] else batch
 
     def _picture(self, rng, shapes) -> data.Picture:
         source = self.digits if rng.random() < DIGIT_SHARE else shapes
@@ -192,7 +231,7 @@ def _pixels_and_labels(pictures, rng, ease) -> dict:
 
 
 def initialize(model, pixels: np.ndarray) -> None:
-    """Start patches as white noise and positions as waves, from example ``pixels [n, 3, 48, 48]``.
+    """Start patches as white noise, positions as waves, keys as queries, from example ``pixels [n, 3, 48, 48]``.
 
     The kernel's rows are the principal components of the patches, scaled to one variance and turned at random, so
     that an edge counts as much as the background; the first positions take away the mean patch.
@@ -212,6 +251,16 @@ def initialize(model, pixels: np.ndarray) -> None:
     positions = np.concatenate([np.zeros((1, width)), positions - patches.mean(axis=0) @ kernel])
     nnx.update(embeddings.patch_embedding, {"kernel": jnp.asarray(kernel, jnp.float32)})
     nnx.update(embeddings.position_embedding, {"embedding": jnp.asarray(positions, jnp.float32)})
+    for layer in model.language_model.model.layers:
+        _attend_to_alike(layer.self_attn)
+
+
+def _attend_to_alike(attention) -> None:
+    """The keys of each group of heads start as the queries of its first."""
+    width, head_dim = attention.q_proj.kernel.shape[0], attention.head_dim
+    queries = attention.q_proj.kernel[...].reshape(width, -1, head_dim)
+    keys = attention.k_proj.kernel.shape[1] // head_dim
+    nnx.update(attention.k_proj, {"kernel": queries[:, :: queries.shape[1] // keys].reshape(width, -1)})
 
 
 def _waves(length: int, width: int) -> np.ndarray:
@@ -279,11 +328,10 @@ def load_run(path: Path, state) -> tuple[dict, dict]:
 
 
 def learning_rate(spent: float, step: int) -> float:
-    """The rate after the share ``spent`` of the time: flat for the tower alone, then a cosine to zero."""
+    """The rate after the share ``spent`` of the time: flat up to the last stage, then a cosine to zero."""
     warm = min(1.0, (step + 1) / WARM_UP)
-    if spent < TOWER_SHARE:
-        return PEAK_RATE * warm
-    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * (spent - TOWER_SHARE) / (1 - TOWER_SHARE)))
+    begin = STAGES["whether"]
+    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * max(0.0, spent - begin) / (1 - begin)))
 
 
 def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: float):
@@ -296,23 +344,27 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
     initialize(model, np.concatenate([batches.tower(-number)["pixels"][:, 0] for number in range(1, 25)]))
     graph, params = nnx.split(model)
     probes, width = nnx.Rngs(seed + 1), 2 * config.text_config.hidden_size
-    heads = {name: 0.05 * jax.random.normal(probes.params(), (width, n)) for name, n in CLASSES.items()}
+    heads = {name: 0.05 * jax.random.normal(probes.params(), (width, len(n))) for name, n in CLASSES.items()}
     trained = {"model": params, "heads": heads}
     state = {"trained": trained, "adam": optimizer().init(trained), "mean": jax.tree.map(jnp.copy, params)}
-    progress = {"step": 0, "seconds": 0.0, "validated": 0.0}
+    progress = {"step": 0, "seconds": 0.0, "validated": 0.0, "answered": 0}
     checkpoint = run / "checkpoint.npz"
     if checkpoint.exists() and not fresh:
         state, progress = load_run(checkpoint, state)
         print(f"going on from step {progress['step']}, {progress['seconds'] / 60:.1f} minutes", flush=True)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters", flush=True)
 
-    step, choose = make_steps(graph)
+    step, choose = make_steps(graph, encoder)
     base, began, saved, losses = progress["seconds"], time.monotonic(), time.monotonic(), []
     pending = None
     while (spent := progress["seconds"] / (60 * minutes)) < 1:
         number = progress["step"]
-        alone = spent < TOWER_SHARE
-        batch = batches.tower(number) if alone else batches.answers(number)
+        stage = next(name for name, end in STAGES.items() if spent < end)
+        if stage == "answers":
+            progress["answered"] += 1
+            batch = batches.answers(number, data.NEGATED * min(1.0, progress["answered"] / NOT_STEPS))
+        else:
+            batch = getattr(batches, stage)(number)
         if pending is not None:
             losses.append(float(pending))  # waits: the batch above was made while the step ran
         decay = min(0.998, (number + 1) / (number + 10))
@@ -320,12 +372,12 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
         progress |= {"step": number + 1, "seconds": base + time.monotonic() - began}
         if len(losses) == 50:
             print(
-                f"step {number + 1}  {progress['seconds'] / 60:.1f} min  {'tower' if alone else 'answers'}"
+                f"step {number + 1}  {progress['seconds'] / 60:.1f} min  {stage}"
                 f"  loss {np.mean(losses):.4f}",
                 flush=True,
             )
             losses.clear()
-        if not alone and progress["seconds"] - progress["validated"] > 60 * validate_every:
+        if stage == "answers" and progress["seconds"] - progress["validated"] > 60 * validate_every:
             scores = validate(choose, state["mean"], encoder)
             print("validation", "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
             progress["seconds"] = progress["validated"] = base + time.monotonic() - began

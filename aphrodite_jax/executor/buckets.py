@@ -20,8 +20,8 @@ class Buckets:
     encode_items: tuple[int, ...]
 
     def prefill_requests(self, tokens: int) -> int:
-        """Most requests of a prefill step of ``tokens``: one tile each at least, a decode bucket at most."""
-        return max(n for n in self.decode_requests if n <= max(1, tokens // TILE_SIZE))
+        """Requests that a prefill step of ``tokens`` has room for: each takes a tile at least; a decode bucket."""
+        return round_up(min(max(1, tokens // TILE_SIZE), self.decode_requests[-1]), self.decode_requests)
 
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:

@@ -25,8 +25,8 @@ from kernels_pallas.online_softmax import (
 
 BLOCK_Q, BLOCK_K = 320, 320
 """Rows and keys of a tile at most."""
-TILE_SCORES = 2**18
-"""Scores of a tile, all heads, at most, where splitting the batch does it: 1 MiB, to stay in cache."""
+TILE_SCORES = 2**19
+"""Scores of a tile, all heads, at most, where splitting the batch does it: 2 MiB, to stay in cache."""
 
 
 class _Blocks(NamedTuple):

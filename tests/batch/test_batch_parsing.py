@@ -157,7 +157,26 @@ JSON = st.recursive(
     max_leaves=8,
 )
 OPTION = st.sampled_from(
-    ["model", "messages", "prompt", "n", "temperature", "top_p", "top_k", "stop", "seed", "max_tokens", "logit_bias", "logprobs", "top_logprobs", "stop_token_ids", "stream", "tools", "response_format", "x"]
+    [
+        "model",
+        "messages",
+        "prompt",
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "stop",
+        "seed",
+        "max_tokens",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "stop_token_ids",
+        "stream",
+        "tools",
+        "response_format",
+        "x",
+    ]
 )
 
 
