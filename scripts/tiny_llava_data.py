@@ -279,9 +279,7 @@ NEGATED = 0.4
 """Share of the questions about what is there that ask whether it is not there."""
 
 
-def ask(
-    picture: Picture, rng: np.random.Generator, *, free: float = 0.4, negated: float = NEGATED
-) -> tuple[str, str]:
+def ask(picture: Picture, rng: np.random.Generator, *, free: float = 0.4, negated: float = NEGATED) -> tuple[str, str]:
     """A random question about ``picture`` and its answer; the share ``free`` is in words of other than the data."""
     loose = rng.random() < free
     if picture.digit is not None:

@@ -372,8 +372,7 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
         progress |= {"step": number + 1, "seconds": base + time.monotonic() - began}
         if len(losses) == 50:
             print(
-                f"step {number + 1}  {progress['seconds'] / 60:.1f} min  {stage}"
-                f"  loss {np.mean(losses):.4f}",
+                f"step {number + 1}  {progress['seconds'] / 60:.1f} min  {stage}  loss {np.mean(losses):.4f}",
                 flush=True,
             )
             losses.clear()

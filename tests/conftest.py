@@ -1,11 +1,16 @@
 """Strictness for every test: ranks and dtypes never promote in silence, warnings are errors (pyproject)."""
 
 import os
+import tempfile
 
+# Compiled programs are kept for this run alone, and not among the user's.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="aphrodite-jax-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax
+import jax  # noqa: E402 - reads the environment when it is imported
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

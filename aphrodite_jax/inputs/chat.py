@@ -65,7 +65,7 @@ def render_chat(
                 "prompt_token_ids": shield.tokenize(text, multimodal=len(forms) > 1),
                 "multi_modal_data": media,
             }
-        problems.append(problem)
+        problems.append(shield.restore(problem))
     raise RequestError(f"the chat template of {model_config.tokenizer!r} can't render this: {'; '.join(problems)}")
 
 
@@ -166,9 +166,9 @@ def _what_is_missing(text: str, conversation, placeholders: Mapping[str, list[st
     for _, parts in conversation:
         for part in parts:
             if isinstance(part, str) and part.strip() not in text:
-                return f"it drops the text {_short(part)}"
+                return f"it drops the text {part!r}"
     for modality, wanted in placeholders.items():
-        for placeholder in set(wanted):
+        for placeholder in dict.fromkeys(wanted):
             if text.count(placeholder) != wanted.count(placeholder):
                 return f"it has {text.count(placeholder)} {placeholder} for {len(wanted)} {modality} items"
     return None

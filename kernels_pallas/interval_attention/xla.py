@@ -62,7 +62,7 @@ def interval_attention(
     k, v = (_pad(x, keys) for x in (k, v))
     q = q.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    out = _attention(_Blocks(rows, keys, tile_scores, scale, soft_cap), q, k, v, kv_start, kv_stop)
+    out: jax.Array = _attention(_Blocks(rows, keys, tile_scores, scale, soft_cap), q, k, v, kv_start, kv_stop)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)[:, :T]
 
 
@@ -167,16 +167,16 @@ def _backward(blocks, q, k, v, start, stop, log_sums, delta, d_out):
         return dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3)
 
     def query_block(carry, i):
-        q_block = [_cut(x, i, blocks.rows, 3) for x in (q, d_out, log_sums, delta)]
+        q_block, d_block, log_block, delta_block = (_cut(x, i, blocks.rows, 3) for x in (q, d_out, log_sums, delta))
         begin, end = (_cut(x, i, blocks.rows, 1) for x in (start, stop))
 
         def key_block(j, carry):
             k_block, v_block = (_cut(x, j, blocks.keys, 2) for x in (k, v))
-            new = _tile_gradients(blocks, *q_block, begin, end, k_block, v_block, j)
+            new = _tile_gradients(blocks, q_block, d_block, log_block, delta_block, begin, end, k_block, v_block, j)
             return carry[0] + new[0], _add(carry[1], j, new[1]), _add(carry[2], j, new[2])
 
         first, last = _bounds(begin, end, blocks.keys)
-        dq = jnp.zeros(q_block[0].shape, jnp.float32)
+        dq = jnp.zeros(q_block.shape, jnp.float32)
         dq, *carry = jax.lax.fori_loop(first, last, key_block, (dq, *carry))
         return tuple(carry), dq
 
