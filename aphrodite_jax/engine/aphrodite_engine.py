@@ -31,6 +31,7 @@ from aphrodite_jax.sampling import (
     build_sampling_batch,
     check_sampling_params,
     is_plain_greedy,
+    uses_history,
 )
 from aphrodite_jax.sampling_params import SamplingParams
 
@@ -234,7 +235,7 @@ class AphroditeEngine:
             rows,
             num_rows=logits.shape[0],
             vocab_size=self.runner.vocab_size,
-            history_width=self.runner.context_length,
+            history_width=self.runner.context_length if any(uses_history(row.params) for row in rows) else 0,
         )
         return self.runner.sample(logits, batch)
 

@@ -87,8 +87,9 @@ class ModelRunner:
         """Compile every program of every bucket; ``media_examples`` are the arrays of one item of each shape."""
         jobs = [self._sample_job(self._shape((n, self.vocab_size), jnp.float32), None) for n in self._logit_rows()]
         jobs += [
-            self._sample_job(self._shape((n, self.vocab_size), jnp.float32), self._dummy_sampling(n))
+            self._sample_job(self._shape((n, self.vocab_size), jnp.float32), self._dummy_sampling(n, width))
             for n in self._logit_rows()
+            for width in (0, self.context_length)  # without and with penalties
         ]
         jobs += [self._forward_job(self._dummy_batch(tokens, decode=False)) for tokens in self.buckets.prefill_tokens]
         jobs += [self._forward_job(self._dummy_batch(n, decode=True)) for n in self.buckets.decode_requests]
@@ -227,7 +228,8 @@ class ModelRunner:
         if batch is None:
             return CompileJob(name="sample_greedy", key=logits.shape[0], fn=sample_greedy, args=(logits,))
         fn = functools.partial(sample, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
-        return CompileJob(name="sample", key=logits.shape[0], fn=fn, args=(logits, batch))
+        key = (logits.shape[0], batch.prompt_tokens.shape[1])
+        return CompileJob(name="sample", key=key, fn=fn, args=(logits, batch))
 
     def _prompt_logprobs_job(self, hidden, targets: np.ndarray) -> CompileJob:
         def run(params, hidden, targets):
@@ -261,8 +263,8 @@ class ModelRunner:
         requests = num_tokens if decode else self.buckets.prefill_requests(num_tokens)
         return self._build([row], num_tokens, requests, 1 if decode else TILE_SIZE)[0]
 
-    def _dummy_sampling(self, rows: int) -> SamplingBatch:
-        return build_sampling_batch([], num_rows=rows, vocab_size=self.vocab_size, history_width=self.context_length)
+    def _dummy_sampling(self, rows: int, history_width: int) -> SamplingBatch:
+        return build_sampling_batch([], num_rows=rows, vocab_size=self.vocab_size, history_width=history_width)
 
     def _logit_rows(self) -> tuple[int, ...]:
         prefill = {self.buckets.prefill_requests(tokens) for tokens in self.buckets.prefill_tokens}
