@@ -10,7 +10,24 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax  # noqa: E402 - reads the environment when it is imported
+# ruff: noqa: E402 - what follows reads the environment when it is imported
+import jax
+import llava_files
+import pytest
+
+from aphrodite_jax import architectures
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def own_architectures(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """A LLaVA's files without its weights."""
+    return llava_files.write_llava(tmp_path_factory.mktemp("llava"))

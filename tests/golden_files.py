@@ -67,3 +67,13 @@ def read_golden(name: str) -> Golden:
             GoldenPrompt(**{field: stored[f"{index}.{field}"] for field in fields}) for index in range(count)
         ),
     )
+
+
+def write_chat_model(directory: Path) -> Path:
+    """A tiny LLaVA with a chat template that sets every part between ``w3`` and ``w4``."""
+    read_golden("llava_clip_llama").write_checkpoint(directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}w3 {% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}w4"
+    )
+    return directory

@@ -14,17 +14,10 @@ from PIL import Image
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.cli import main
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}w3 {% for part in message['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}w4"
-)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = golden_files.read_golden("llava_clip_llama").write_checkpoint(tmp_path_factory.mktemp("tiny"))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return str(directory)
+    return str(golden_files.write_chat_model(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import aphrodite_jax.architectures as architectures
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,7 +26,6 @@ def run(page: str) -> dict:
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
 
 
 def test_the_readme(capsys):

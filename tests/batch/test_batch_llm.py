@@ -13,16 +13,10 @@ from PIL import Image
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.batch import run_batch
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}w3 {% for part in message['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}w4"
-)
-
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    directory = golden_files.read_golden("llava_clip_llama").write_checkpoint(tmp_path_factory.mktemp("tiny"))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    directory = golden_files.write_chat_model(tmp_path_factory.mktemp("tiny"))
     return LLM(directory, max_num_seqs=2, max_model_len=64, warm_up=False, show_progress=False)
 
 

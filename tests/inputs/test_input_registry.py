@@ -30,17 +30,6 @@ from aphrodite_jax.multimodal.registry import default_registry
 IMAGE = llava_files.IMAGE_TOKEN
 
 
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return llava_files.write_llava(tmp_path_factory.mktemp("llava"))
-
-
 @pytest.fixture
 def mm_registry():
     return default_registry()

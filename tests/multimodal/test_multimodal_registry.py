@@ -10,23 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aphrodite_jax import architectures, register_model
+from aphrodite_jax import register_model
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError, RegistrationError, RequestError, TooManyItemsError
 from aphrodite_jax.modeling.models.interfaces import SupportsMultiModal
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, MultiModalPlugin, MultiModalRegistry
 from aphrodite_jax.multimodal.registry import default_registry
-
-
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return llava_files.write_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

@@ -4,6 +4,18 @@ import jax
 import numpy as np
 
 from aphrodite_jax.sampling import SamplingRow
+from aphrodite_jax.sampling_params import SamplingParams
+
+
+def row(prompt=(), output=(), end=(), seed=0, **params) -> SamplingRow:
+    """A row of a batch; ``params`` are those of `SamplingParams`."""
+    return SamplingRow(
+        params=SamplingParams(**params),
+        seed=seed,
+        prompt_token_ids=prompt,
+        output_token_ids=output,
+        end_token_ids=end,
+    )
 
 
 def processed_logits(logits: np.ndarray, row: SamplingRow) -> np.ndarray:

@@ -1,10 +1,10 @@
 import jax
 import numpy as np
 import pytest
+from sampling_reference import row
 
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.sampling import (
-    SamplingRow,
     build_sampling_batch,
     check_sampling_params,
     is_plain_greedy,
@@ -14,16 +14,6 @@ from aphrodite_jax.sampling.batch import BIAS_WIDTH, MAX_BANNED_TOKENS
 from aphrodite_jax.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 V = 500
-
-
-def row(prompt=(), output=(), end=(), seed=0, **params):
-    return SamplingRow(
-        params=SamplingParams(**params),
-        seed=seed,
-        prompt_token_ids=prompt,
-        output_token_ids=output,
-        end_token_ids=end,
-    )
 
 
 def build(*rows, num_rows=4, history_width=6):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import sampling_reference as reference
 from hypothesis import strategies as st
+from sampling_reference import row
 
-from aphrodite_jax.sampling import SamplingRow, build_sampling_batch, sample, sample_greedy
+from aphrodite_jax.sampling import build_sampling_batch, sample, sample_greedy
 from aphrodite_jax.sampling.candidates import keep_candidates
 from aphrodite_jax.sampling.logits import apply_bias, apply_penalties, scale
-from aphrodite_jax.sampling_params import SamplingParams
 
 V = 37
 HISTORY = 8
@@ -19,16 +19,6 @@ run = jax.jit(sample, static_argnames="num_logprobs")
 run_greedy = jax.jit(sample_greedy)
 process = jax.jit(lambda logits, batch: apply_penalties(apply_bias(logits, batch), batch))
 candidates = jax.jit(lambda logits, batch: keep_candidates(scale(logits, batch.temperature), batch))
-
-
-def row(prompt=(), output=(), end=(), seed=0, **params):
-    return SamplingRow(
-        params=SamplingParams(**params),
-        seed=seed,
-        prompt_token_ids=prompt,
-        output_token_ids=output,
-        end_token_ids=end,
-    )
 
 
 def build(rows, num_rows=None, vocab_size=V):
