@@ -1,6 +1,6 @@
 """Train the small LLaVA-1.5 that ships with the package, in JAX, on two CPU cores.
 
-    python scripts/train_tiny_llava.py --minutes 60 --output aphrodite_jax/assets/tiny_llava
+    python scripts/train_tiny_llava.py --minutes 40 --output aphrodite_jax/assets/tiny_llava
 
 Needs the extra ``test`` (easy-vqa and scikit-learn bring the data). The run saves itself every minute under
 ``--run``; started again after any kind of end, it goes on from there (``--fresh`` begins anew). The learning rate
@@ -391,7 +391,7 @@ def train(minutes: float, run: Path, seed: int, fresh: bool, validate_every: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=60, help="time to train in all, over all starts")
+    parser.add_argument("--minutes", type=float, default=40, help="time to train in all, over all starts")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny_llava"), help="where the run saves itself")
     parser.add_argument("--output", type=Path, help="where the model goes; <run>/model by default")
     parser.add_argument("--seed", type=int, default=0)
