@@ -118,6 +118,26 @@ def test_different_options_in_one_batch(llm):
     assert len(outputs[3].prompt_logprobs) == len(outputs[3].prompt_token_ids)
 
 
+def test_nothing_compiles_after_warm_up(llm):
+    """Not the engine's programs alone: no operation of a step may reach the compiler."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x + len(compiled))(np.zeros(17, np.float32))
+    assert compiled, "the event that this test listens to has another name now"
+    compiled.clear()
+    options = [GREEDY, SAMPLED, SamplingParams(repetition_penalty=1.5, logprobs=3, prompt_logprobs=2, seed=1)]
+    for params in options:
+        generate(llm, [*MIXED, text_prompt(9, 50)], params)
+    width = llm.model_config.hf_text_config.hidden_size
+    generate(llm, {"prompt": "<image>", "multi_modal_data": {"image": np.ones((4, width), np.float32)}})
+    assert compiled == []
+
+
 def test_pages_that_run_out(directory, llm):
     """With pages for one long request and a half, sequences are preempted and their answers stay the same."""
     prompts = [text_prompt(seed, 20) for seed in range(4)]

@@ -275,7 +275,7 @@ class AphroditeEngine:
             return
         targets = sequence.prompt.token_ids[begin + 1 : end + 1]
         rows = np.arange(offset + begin - chunk.begin, offset + end - chunk.begin)
-        result = self.runner.prompt_logprobs(hidden[rows], targets)
+        result = self.runner.prompt_logprobs(hidden, rows, targets)
         request.prompt_logprobs.extend(
             self._logprobs.read(result, row, int(token), count) for row, token in enumerate(targets)
         )

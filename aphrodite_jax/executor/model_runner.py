@@ -102,12 +102,11 @@ class ModelRunner:
                 self._store_job(np.zeros((rows, self._width), self._dtype), np.zeros(rows, np.int32))
                 for rows in self._store_buckets()
             ]
-        jobs.append(
-            self._prompt_logprobs_job(
-                self._shape((PROMPT_LOGPROB_ROWS, self._width), self._dtype),
-                np.zeros(PROMPT_LOGPROB_ROWS, np.int32),
-            )
-        )
+        rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+        jobs += [
+            self._prompt_logprobs_job(self._shape((tokens, self._width), self._dtype), rows, rows)
+            for tokens in self.buckets.prefill_tokens
+        ]
         self.programs.compile(jobs, show_progress=show_progress)
         self.programs.seal()
 
@@ -171,16 +170,15 @@ class ModelRunner:
         """Choose a token for each row of ``logits [R, V]``; None chooses greedily."""
         return jax.device_get(self.programs.run(self._sample_job(logits, batch)))
 
-    def prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray):
-        """Log-probabilities of ``targets [n]`` under the logits of ``hidden [n, D]``, on the host."""
+    def prompt_logprobs(self, hidden: jax.Array, rows: np.ndarray, targets: np.ndarray):
+        """Log-probabilities of ``targets [n]`` under the logits of ``hidden[rows]``, ``rows [n]``, on the host."""
         parts = []
         for begin in range(0, len(targets), PROMPT_LOGPROB_ROWS):
-            part = targets[begin : begin + PROMPT_LOGPROB_ROWS]
-            padding = PROMPT_LOGPROB_ROWS - len(part)
-            rows = np.minimum(np.arange(begin, begin + PROMPT_LOGPROB_ROWS), len(targets) - 1)
-            job = self._prompt_logprobs_job(hidden[rows], np.pad(part, (0, padding)).astype(np.int32))
-            result = jax.device_get(self.programs.run(job))
-            parts.append(jax.tree.map(lambda x, n=part.size: x[:n], result))
+            part = slice(begin, begin + PROMPT_LOGPROB_ROWS)
+            padding = (0, PROMPT_LOGPROB_ROWS - len(targets[part]))
+            padded = [np.pad(x[part], padding).astype(np.int32) for x in (rows, targets)]
+            result = jax.device_get(self.programs.run(self._prompt_logprobs_job(hidden, *padded)))
+            parts.append(jax.tree.map(lambda x, n=targets[part].size: x[:n], result))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     # Programs: each method says what one takes, for a run and for compiling ahead alike.
@@ -231,12 +229,13 @@ class ModelRunner:
         key = (logits.shape[0], batch.prompt_tokens.shape[1])
         return CompileJob(name="sample", key=key, fn=fn, args=(logits, batch))
 
-    def _prompt_logprobs_job(self, hidden, targets: np.ndarray) -> CompileJob:
-        def run(params, hidden, targets):
-            logits = nnx.merge(self._graphdef, params).compute_logits(hidden)
+    def _prompt_logprobs_job(self, hidden, rows: np.ndarray, targets: np.ndarray) -> CompileJob:
+        def run(params, hidden, rows, targets):
+            logits = nnx.merge(self._graphdef, params).compute_logits(hidden[rows])
             return prompt_logprobs(logits, targets, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
 
-        return CompileJob(name="prompt_logprobs", key=len(targets), fn=run, args=(self._params, hidden, targets))
+        args = (self._params, hidden, rows, targets)
+        return CompileJob(name="prompt_logprobs", key=hidden.shape[0], fn=run, args=args)
 
     # Shapes and sizes.
 

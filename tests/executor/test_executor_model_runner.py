@@ -78,7 +78,7 @@ def test_a_shape_outside_the_buckets_is_an_error_after_warm_up(runner):
 def test_prompt_logprobs_are_log_softmax_of_the_plain_logits(model, runner):
     tokens = np.arange(30, dtype=np.int32)
     _, hidden, _ = runner.forward([rows(tokens, 0, 30, [1, 2, 3, 4])], decode=False)
-    result = runner.prompt_logprobs(hidden[np.arange(29)], tokens[1:])
+    result = runner.prompt_logprobs(hidden, np.arange(29), tokens[1:])
     logits = plain_logits(model, tokens)[:29].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(result.logprobs, expected[np.arange(29), tokens[1:]], atol=1e-5)

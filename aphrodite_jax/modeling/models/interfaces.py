@@ -83,6 +83,9 @@ class SupportsMultiModal:
     say); called with them, it encodes the media and puts the rows where the prompt has the placeholder token.
     The engine does the same in two programs, `embed_multimodal` and a ``__call__`` with ``inputs_embeds``,
     so that nothing of the media is in the second one's shape.
+
+    For `LLM.chat` a class also has a static method ``placeholder_str(modality, index)``: the text that stands for
+    the ``index``-th item, from 1, in a prompt.
     """
 
     supports_multimodal: ClassVar[bool] = True
