@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RegistrationError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
+from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["media_examples", "media_tokens_per_prompt"]
 
@@ -27,7 +27,7 @@ def media_examples(
     Raises:
       RegistrationError: the dummy data, the input processor, the token bound and the model disagree.
     """
-    model_cls = resolve_architecture(model_config.hf_config.architectures)
+    model_cls = model_class(model_config)
     if not supports_multimodal(model_cls):
         return ()
     dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, model_config.context_length, MULTIMODAL_REGISTRY)

@@ -39,9 +39,9 @@ def end_token_ids(model_config: ModelConfig, tokenizer=None) -> frozenset[int]:
 
 def _of_generation_config(model_config: ModelConfig) -> Any:
     name, revision = model_config.model, model_config.revision
-    if optional_file(name, transformers.utils.GENERATION_CONFIG_NAME, revision) is None:
-        return None
     try:
+        if optional_file(name, transformers.utils.GENERATION_CONFIG_NAME, revision) is None:
+            return None
         return transformers.GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
     except Exception as error:  # damaged files come as errors of many types
         raise ConfigError(f"can't read the generation config of {name!r}: {error}") from error

@@ -40,9 +40,10 @@ def _legacy_chat_template(name: str, revision: str | None) -> str | None:
 
 
 def optional_file(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a model directory or hub id; None where it has no such file."""
-    try:
-        path = cached_file(name, file, revision=revision)
-    except OSError:
-        return None
+    """A file of a model directory or hub id; None where it has no such file.
+
+    Raises:
+      OSError: the hub can't tell, as when it refuses the request.
+    """
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return Path(path) if path else None

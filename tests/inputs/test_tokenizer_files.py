@@ -103,3 +103,12 @@ def test_a_damaged_generation_config(tmp_path):
 def test_an_end_token_that_is_none(tmp_path, value):
     with pytest.raises(ConfigError, match=r"eos_token_id of .* is a token id or a list of them, got"):
         end_token_ids(write(tmp_path, generation=value))
+
+
+def test_a_hub_that_refuses_an_optional_file_is_no_missing_file(llava, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("you are trying to access a gated repo")
+
+    monkeypatch.setattr("aphrodite_jax.inputs.tokenizer.cached_file", refuse)
+    with pytest.raises(ConfigError, match="gated repo"):
+        end_token_ids(ModelConfig(model=llava))

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import CheckpointError, ConfigError
 from aphrodite_jax.modeling.loader.checkpoint_files import checkpoint_tensors
 from aphrodite_jax.modeling.loader.matching import match
 from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor, read_blocks
+from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["load_model", "resolve_dtype"]
 
@@ -40,7 +40,7 @@ def load_model(model_config: ModelConfig) -> nnx.Module:
             f"model {model_config.model!r} is quantized (quantization_config), which can't be served; take "
             "its float32, bfloat16 or float16 original"
         )
-    model_cls = resolve_architecture(hf_config.architectures, source=f"the config of {model_config.model!r}")
+    model_cls = model_class(model_config)
     stored = checkpoint_tensors(model_config)
     dtype = resolve_dtype(model_config)
     model = nnx.eval_shape(lambda: model_cls(hf_config, dtype=dtype, rngs=nnx.Rngs(0)))
