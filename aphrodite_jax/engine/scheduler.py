@@ -15,7 +15,6 @@ from aphrodite_jax.engine.block_manager import BlockManager
 from aphrodite_jax.engine.encoder_cache import EncoderCache
 from aphrodite_jax.engine.sequence import MediaItem, Sequence, SequenceStatus
 from aphrodite_jax.errors import RequestError
-from kernels_pallas.intervals import ends_cleanly
 
 __all__ = ["Chunk", "Plan", "Scheduler"]
 
@@ -129,7 +128,7 @@ class Scheduler:
         begin = sequence.num_computed
         end = min(len(sequence), begin + room)
         if begin < end < sequence.prompt_length:
-            ends = begin + 1 + np.flatnonzero(_may_end(sequence)[begin:end])
+            ends = begin + 1 + np.flatnonzero(sequence.prompt.may_end[begin:end])
             end = int(ends[-1]) if len(ends) else begin
         if end == begin:
             return budget
@@ -179,12 +178,7 @@ class Scheduler:
         self.encoder_cache.unpin(sequence.sequence_id)
 
 
-def _may_end(sequence: Sequence) -> np.ndarray:
-    """Whether a chunk may end after each row of the prompt, under every mask kind."""
-    return np.logical_and.reduce([ends_cleanly(rows.stop) for rows in sequence.prompt.intervals.values()])
-
-
 def _longest_chunk(sequence: Sequence) -> int:
     """Rows of the longest run of the prompt that can't be cut."""
-    ends = np.flatnonzero(np.append(_may_end(sequence)[:-1], True)) + 1
+    ends = np.flatnonzero(np.append(sequence.prompt.may_end[:-1], True)) + 1
     return int(np.diff(ends, prepend=0).max())

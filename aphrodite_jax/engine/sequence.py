@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from aphrodite_jax.inputs import PlaceholderRange
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.outputs import Logprob
 from aphrodite_jax.sampling_params import SamplingParams
-from kernels_pallas.intervals import RowIntervals, causal
+from kernels_pallas.intervals import RowIntervals, causal, ends_cleanly
 
 __all__ = ["MediaItem", "PreparedPrompt", "Sequence", "SequenceStatus"]
 
@@ -35,6 +36,11 @@ class PreparedPrompt:
     token_ids: np.ndarray
     intervals: Mapping[str, RowIntervals]
     media: tuple[MediaItem, ...] = ()
+
+    @functools.cached_property
+    def may_end(self) -> np.ndarray:
+        """Whether a chunk may end after each token ``[T]``: no row before sees past it, under any mask kind."""
+        return np.logical_and.reduce([ends_cleanly(rows.stop) for rows in self.intervals.values()])
 
 
 class SequenceStatus(enum.Enum):
