@@ -2,16 +2,50 @@
 
 from collections.abc import Callable, Mapping
 
-DEFAULT = "xla"
+import jax
+
+__all__ = ["default", "refuse_interpret", "select"]
+
+FALLBACK = "xla"
+"""Serves every platform."""
+LEAST_CAPABILITY = 8
+"""CUDA compute capability (its major number) from which the GPU kernels serve; T4 has 7.5."""
+
+
+def default() -> str:
+    """Name of the implementation that is made for JAX's default device.
+
+    "pallas_tpu" on TPU, "pallas_gpu" on an NVIDIA GPU of compute capability 8.0 or more, otherwise "xla".
+    """
+    backend = jax.default_backend()
+    if backend == "tpu":
+        return "pallas_tpu"
+    if backend in ("gpu", "cuda"):
+        major = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]  # "gfx90a" on ROCm
+        if major.isdecimal() and int(major) >= LEAST_CAPABILITY:
+            return "pallas_gpu"
+    return FALLBACK
 
 
 def select(name: str | None, implementations: Mapping[str, Callable]) -> Callable:
-    """The implementation called ``name``; None takes the platform's default.
+    """The implementation called ``name``; None takes the platform's own, or "xla" where the op has none of its own.
 
     Raises:
       ValueError: no implementation has this name.
     """
-    name = DEFAULT if name is None else name
+    if name is None:
+        own = default()
+        name = own if own in implementations else FALLBACK
     if name not in implementations:
         raise ValueError(f"no implementation {name!r}; there are {', '.join(sorted(implementations))}")
     return implementations[name]
+
+
+def refuse_interpret(name: str, interpret: bool) -> None:
+    """For implementations that are no Pallas kernels.
+
+    Raises:
+      ValueError: ``interpret`` is asked of one.
+    """
+    if interpret:
+        raise ValueError(f"interpret runs a Pallas kernel as plain JAX; implementation {name!r} is not one")

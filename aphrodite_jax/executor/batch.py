@@ -7,7 +7,7 @@ Prefill: each request's chunk starts a new tile and is padded to whole tiles.
     chunks of 3 and 2 rows, tiles of 2, bucket of 8:   a0 a1 | a2 -- | b0 b1 | -- --
                                        tile_request       0  |   0   |   1   |   0
 
-Decode: one row a request, one request a tile. Padding rows see no key and write to no page.
+Decode: one row a request, and each row is a tile. Padding rows see no key and write to no page.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from kernels_pallas.intervals import RowIntervals
+from kernels_pallas.paged_attention import check_block_tables
 
 __all__ = ["ForwardBatch", "Rows", "build_batch"]
 
@@ -72,8 +73,11 @@ def build_batch(
     """The padded batch of a bucket, and the offset of each request's first row in it ``[len(rows)]``.
 
     Args:
-      num_tokens, num_requests, tile_size: the bucket.
+      num_tokens, num_requests, tile_size: the bucket; tiles of one row are decode.
       num_pages: of the whole cache; max_pages: of one request.
+
+    Raises:
+      ValueError: a request's pages are none of the cache's.
     """
     lengths = np.array([len(r) for r in rows])
     tiles = -(-lengths // tile_size)
@@ -90,6 +94,7 @@ def build_batch(
     tables = np.zeros((num_requests, max_pages), np.int32)
     for table, r in zip(tables, rows, strict=False):
         table[: len(r.pages)] = r.pages
+    check_block_tables(tables, num_pages)
     tile_request = np.zeros(num_tokens // tile_size, np.int32)
     tile_request[: tiles.sum()] = np.repeat(np.arange(len(rows)), tiles)
     last_rows = np.zeros(num_requests, np.int32)
@@ -113,6 +118,7 @@ def build_batch(
                 slots=padded(slots, fill=num_pages * page_size),
                 block_tables=tables,
                 tile_request=tile_request,
+                decode_rows=num_tokens if tile_size == 1 else 0,
             ),
         ),
     )

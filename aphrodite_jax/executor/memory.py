@@ -1,9 +1,11 @@
 """Where a device's memory goes, and how many KV pages are left."""
 
 import dataclasses
+import math
 from typing import Any
 
 from aphrodite_jax.errors import ConfigError
+from kernels_pallas.pages import pages_shape
 
 __all__ = ["MemoryBudget", "kv_bytes_per_page", "num_kv_pages"]
 
@@ -37,9 +39,9 @@ class MemoryBudget:
         return "\n".join(rows)
 
 
-def kv_bytes_per_page(shapes, page_size: int, itemsize: int) -> int:
-    """Bytes of one page in all layers, for ``(num_kv_heads, head_dim)`` of each layer."""
-    return sum(2 * page_size * heads * head_dim * itemsize for heads, head_dim in shapes)
+def kv_bytes_per_page(shapes, page_size: int, itemsize: int, platform: str) -> int:
+    """Bytes of one page in all layers, for ``(num_kv_heads, head_dim)`` of each layer; a page is wider on TPU."""
+    return sum(math.prod(pages_shape(1, heads, page_size, dim, platform)) for heads, dim in shapes) * itemsize
 
 
 def device_limit(device: Any, fraction: float) -> int | None:

@@ -24,7 +24,6 @@ from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
 from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_up
 from aphrodite_jax.executor.programs import CompileJob, Programs
-from aphrodite_jax.modeling.layers.attention import KVCache
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.sampling import (
     SampledTokens,
@@ -36,6 +35,7 @@ from aphrodite_jax.sampling import (
 )
 from aphrodite_jax.sampling_params import MAX_LOGPROBS
 from kernels_pallas.intervals import causal
+from kernels_pallas.pages import pages_shape
 
 __all__ = ["ModelRunner"]
 
@@ -195,7 +195,7 @@ class ModelRunner:
 
         paged = batch.metadata.paged
         assert paged is not None
-        key = (len(batch.input_ids), len(paged.tile_request), len(batch.last_rows))
+        key = (len(batch.input_ids), paged.decode_rows, len(batch.last_rows))
         args = (self._params, self._kv_caches, self._encoder_cache, batch)
         return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
 
@@ -317,9 +317,9 @@ class ModelRunner:
     def _allocate_pages(self, engine_config: EngineConfig) -> None:
         device = jax.devices()[0]
         self._limit = memory.device_limit(device, engine_config.memory_fraction)
-        page_bytes = memory.kv_bytes_per_page(self._kv_shapes, self.page_size, self._dtype.itemsize)
+        page_bytes = memory.kv_bytes_per_page(self._kv_shapes, self.page_size, self._dtype.itemsize, device.platform)
         self.num_pages = 1
-        self._kv_caches = self._page_shapes(1)
+        self._kv_caches = self._page_shapes(1, device.platform)
         used = 0
         if self._limit is not None and engine_config.kv_cache_memory is None:
             largest = self._dummy_batch(self.buckets.prefill_tokens[-1], decode=False)
@@ -337,14 +337,14 @@ class ModelRunner:
             used=used,
         )
         self._kv_caches = jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, shape.dtype), self._page_shapes(self.num_pages)
+            lambda shape: jnp.zeros(shape.shape, shape.dtype), self._page_shapes(self.num_pages, device.platform)
         )
 
-    def _page_shapes(self, num_pages: int) -> tuple[KVCache, ...]:
-        def pages(heads, head_dim) -> Any:
-            return self._shape((num_pages, self.page_size, heads, head_dim), self._dtype)
-
-        return tuple(KVCache(pages(*shape), pages(*shape)) for shape in self._kv_shapes)
+    def _page_shapes(self, num_pages: int, platform: str) -> tuple[Any, ...]:
+        return tuple(
+            self._shape(pages_shape(num_pages, heads, self.page_size, head_dim, platform), self._dtype)
+            for heads, head_dim in self._kv_shapes
+        )
 
     @staticmethod
     def _shape(shape, dtype) -> jax.ShapeDtypeStruct:

@@ -3,12 +3,34 @@
 import math
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.interval_attention import reference, xla
-from kernels_pallas.platform import select
+from kernels_pallas.interval_attention import pallas_gpu, pallas_tpu, reference, xla
+from kernels_pallas.interval_attention.differentiable import Call, attend
+from kernels_pallas.intervals import check_intervals
+from kernels_pallas.platform import refuse_interpret, select
 
-IMPLEMENTATIONS = {"reference": reference.interval_attention, "xla": xla.interval_attention}
+
+def _reference(*operands, scale, soft_cap, interpret):
+    refuse_interpret("reference", interpret)
+    return reference.interval_attention(*operands, scale=scale, soft_cap=soft_cap)
+
+
+def _with_derivative(module):
+    def call(*operands, scale, soft_cap, interpret):
+        return attend(Call(module.forward, module.backward, scale, soft_cap, interpret), *operands)
+
+    return call
+
+
+IMPLEMENTATIONS = {
+    "reference": _reference,
+    "xla": _with_derivative(xla),
+    "pallas_tpu": _with_derivative(pallas_tpu),
+    "pallas_gpu": _with_derivative(pallas_gpu),
+}
+"""TPU takes "pallas_tpu", GPUs from A100 on "pallas_gpu", all else "xla"."""
 
 
 def interval_attention(
@@ -20,8 +42,10 @@ def interval_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"]:
+    interpret: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention in which row ``i`` sees the keys ``kv_start[i] <= j < kv_stop[i]``.
 
     Args:
@@ -29,18 +53,24 @@ def interval_attention(
       kv_start, kv_stop: int32, in ``[0, S]``; a row with ``kv_stop <= kv_start`` gives zeros.
       scale: factor on the scores; ``1 / sqrt(H)`` by default.
       soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)`` before masking.
-      implementation: "reference" or "xla"; None picks by platform.
+      return_lse: also give each row's log-sum, the natural logarithm of its sum of exponentials, float32; -inf for a
+        row that sees no key. Outputs over disjoint keys join by their log-sums.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks by platform.
+      interpret: run a Pallas kernel as plain JAX, for tests.
 
     Softmax and accumulation are in float32. What stands in a key or value that no row sees has no effect, NaN
-    included. Differentiable by q, k and v in reverse mode.
+    included, nor does the query of a row that sees no key. Differentiable by q, k and v in reverse mode.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an implementation that is not there.
+      ValueError: shapes or dtypes that do not fit; where they are known, intervals outside ``[0, S]``; an
+        implementation that is not there, or ``interpret`` with one that is no Pallas kernel.
+      NotImplementedError: a head dimension or dtype that the implementation can't do.
     """
     _check(q, k, v, kv_start, kv_stop)
     chosen = select(implementation, IMPLEMENTATIONS)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return chosen(q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap)
+    out, lse = chosen(q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap, interpret=interpret)
+    return (out, lse) if return_lse else out
 
 
 def _check(q, k, v, kv_start, kv_stop) -> None:
@@ -57,3 +87,5 @@ def _check(q, k, v, kv_start, kv_stop) -> None:
         raise ValueError(f"expected intervals [B, T]: {shapes}")
     if kv_start.dtype != "int32" or kv_stop.dtype != "int32":
         raise ValueError(f"intervals are int32, got {kv_start.dtype} and {kv_stop.dtype}")
+    if not isinstance(kv_start, Tracer) and not isinstance(kv_stop, Tracer):
+        check_intervals(kv_start, kv_stop, k.shape[1])

@@ -6,12 +6,10 @@ that fits one tile has no loop at all.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from kernels_pallas.online_softmax import (
     LOWEST,
@@ -22,6 +20,7 @@ from kernels_pallas.online_softmax import (
     seen_keys,
     update,
 )
+from kernels_pallas.platform import refuse_interpret
 
 BLOCK_Q, BLOCK_K = 320, 320
 """Rows and keys of a tile at most."""
@@ -39,31 +38,61 @@ class _Blocks(NamedTuple):
     soft_cap: float | None
 
 
-def interval_attention(
-    q,
-    k,
-    v,
-    kv_start,
-    kv_stop,
-    *,
-    scale,
-    soft_cap=None,
-    block_q=BLOCK_Q,
-    block_k=BLOCK_K,
-    tile_scores=TILE_SCORES,
-):
-    """See `kernels_pallas.interval_attention.interval_attention`."""
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    if 0 in (B, T, S):
-        return jnp.zeros_like(q)
-    rows, keys = _even(T, block_q), _even(S, block_k)
-    q, kv_start, kv_stop = (_pad(x, rows) for x in (q, kv_start, kv_stop))
-    k, v = (_pad(x, keys) for x in (k, v))
-    q = q.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    out: jax.Array = _attention(_Blocks(rows, keys, tile_scores, scale, soft_cap), q, k, v, kv_start, kv_stop)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)[:, :T]
+def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret=False, **blocks):
+    """Output ``[B, T, N, H]`` and log-sums ``[B, T, N]``; see `kernels_pallas.interval_attention.differentiable`.
+
+    ``blocks`` may give ``block_q``, ``block_k`` and ``tile_scores``, in place of the values above.
+    """
+    refuse_interpret("xla", interpret)
+    B, T, N, _ = q.shape
+    if 0 in (B, T, k.shape[1]):
+        return jnp.zeros_like(q), jnp.full((B, T, N), -jnp.inf)
+    layout = _Layout(q, k, scale, soft_cap, **blocks)
+    out, log_sums = _over_batch(_forward, layout.blocks, *layout.operands(q, k, v, kv_start, kv_stop))
+    lse = jnp.where((kv_stop > kv_start)[..., None], layout.from_rows(log_sums), -jnp.inf)
+    return layout.from_rows(out), lse
+
+
+def backward(q, k, v, kv_start, kv_stop, lse, delta, d_out, *, scale, soft_cap, interpret=False, **blocks):
+    """Gradients by q, k and v; arguments as for `forward`."""
+    refuse_interpret("xla", interpret)
+    if 0 in (*q.shape[:2], k.shape[1]):
+        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+    layout = _Layout(q, k, scale, soft_cap, **blocks)
+    lse = jnp.where((kv_stop > kv_start)[..., None], lse, 0)
+    dq, dk, dv = _over_batch(
+        _backward,
+        layout.blocks,
+        *layout.operands(q, k, v, kv_start, kv_stop),
+        *(layout.to_rows(x) for x in (lse, delta, d_out)),
+    )
+    dk, dv = (x.transpose(0, 2, 1, 3)[:, : k.shape[1]] for x in (dk, dv))
+    return layout.from_rows(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+class _Layout:
+    """Heads before rows, ``[B, K, N // K, T, ..]`` against ``[B, K, S, H]``, in whole blocks."""
+
+    def __init__(self, q, k, scale, soft_cap, block_q=BLOCK_Q, block_k=BLOCK_K, tile_scores=TILE_SCORES):
+        _, self.rows, self.heads, _ = q.shape
+        self.kv_heads = k.shape[2]
+        self.blocks = _Blocks(_even(self.rows, block_q), _even(k.shape[1], block_k), tile_scores, scale, soft_cap)
+
+    def operands(self, q, k, v, start, stop):
+        k, v = (_pad(x, self.blocks.keys).transpose(0, 2, 1, 3) for x in (k, v))
+        start, stop = (_pad(x, self.blocks.rows) for x in (start, stop))
+        q = jnp.where((stop > start)[:, None, None, :, None], self.to_rows(q), jnp.zeros((), q.dtype))
+        return q, k, v, start, stop
+
+    def to_rows(self, x):
+        """``[B, T, N, ..]`` to ``[B, K, N // K, T, ..]``."""
+        x = _pad(x, self.blocks.rows)
+        x = x.reshape(*x.shape[:2], self.kv_heads, self.heads // self.kv_heads, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 3)
+
+    def from_rows(self, x):
+        x = jnp.moveaxis(x, 3, 1)
+        return x.reshape(*x.shape[:2], self.heads, *x.shape[4:])[:, : self.rows]
 
 
 def _even(length: int, most: int) -> int:
@@ -76,62 +105,18 @@ def _pad(x, block: int):
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(blocks: _Blocks, q, k, v, start, stop):
-    """Attention of ``[B, K, N // K, T, H]`` on ``[B, K, S, H]``, whole blocks."""
-    return _forward(blocks, q, k, v, start, stop)[0]
+def _over_batch(function, blocks: _Blocks, *arrays):
+    """``function(blocks, *arrays)`` over tiles of the batch."""
+    B, K, G = arrays[0].shape[:3]
+    most = max(1, blocks.tile_scores // (K * G * blocks.rows * blocks.keys))
+    batch = next(b for b in range(min(B, most), 0, -1) if B % b == 0)
+    if batch == B:
+        return function(blocks, *arrays)
+    arrays = [x.reshape(-1, batch, *x.shape[1:]) for x in arrays]
+    out = jax.lax.map(lambda tile: function(blocks, *tile), arrays)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
-def _attention_fwd(blocks, q, k, v, start, stop):
-    out, log_sums = _forward(blocks, q, k, v, start, stop)
-    return out, (q, k, v, start, stop, out, log_sums)
-
-
-def _attention_bwd(blocks, residuals, d_out):
-    q, k, v, start, stop, out, log_sums = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    dq, dk, dv = _backward(blocks, q, k, v, start, stop, log_sums, delta, d_out)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _batched(function):
-    """``function(blocks, *arrays)`` over tiles of the batch; `jax.vmap` of it makes the batch larger.
-
-    A mapped axis would otherwise turn the bounds of the loops below into masks over all that they carry.
-    """
-
-    def over_batch(blocks, *arrays):
-        B, K, G = arrays[0].shape[:3]
-        most = max(1, blocks.tile_scores // (K * G * blocks.rows * blocks.keys))
-        batch = next(b for b in range(min(B, most), 0, -1) if B % b == 0)
-        if batch == B:
-            return function(blocks, *arrays)
-        arrays = [x.reshape(-1, batch, *x.shape[1:]) for x in arrays]
-        out = jax.lax.map(lambda tile: function(blocks, *tile), arrays)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
-
-    def call(blocks, *arrays):
-        inner = custom_vmap(partial(over_batch, blocks))
-
-        @inner.def_vmap
-        def fold(axis_size, in_batched, *arrays):
-            arrays = [
-                x if batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
-                for x, batched in zip(arrays, in_batched, strict=True)
-            ]
-            out = call(blocks, *(x.reshape(-1, *x.shape[2:]) for x in arrays))
-            out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
-            return out, jax.tree.map(lambda _: True, out)
-
-        return inner(*arrays)
-
-    return call
-
-
-@_batched
 def _forward(blocks, q, k, v, start, stop):
     """Output and log-sums of a tile of the batch."""
     num_rows, num_keys = q.shape[3] // blocks.rows, k.shape[2] // blocks.keys
@@ -158,7 +143,6 @@ def _forward(blocks, q, k, v, start, stop):
     return jnp.moveaxis(out, 0, 3).reshape(q.shape), jnp.moveaxis(log_sums, 0, 3).reshape(q.shape[:-1])
 
 
-@_batched
 def _backward(blocks, q, k, v, start, stop, log_sums, delta, d_out):
     """Gradients by q, k and v of a tile of the batch, float32."""
     num_rows, num_keys = q.shape[3] // blocks.rows, k.shape[2] // blocks.keys

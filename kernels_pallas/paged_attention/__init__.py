@@ -1,5 +1,5 @@
 """Attention over pages of keys and values: ragged rows of many requests, with row-interval masks."""
 
-from kernels_pallas.paged_attention.api import paged_attention
+from kernels_pallas.paged_attention.api import check_block_tables, paged_attention
 
-__all__ = ["paged_attention"]
+__all__ = ["check_block_tables", "paged_attention"]

@@ -1,57 +1,73 @@
 """Paged attention in plain XLA: blocks of pages, an online softmax between, and no page that nobody sees.
 
-Tiles of one row (decode) go through the key blocks together. Larger tiles (prefill) go in groups of up to
-`GROUP_ROWS` rows, one group after another. A group of one request, as most are, gathers its keys once and
-multiplies larger matrices; any other takes its tiles one by one. Each starts at the first block that one of its
-rows sees and ends with the last.
+Rows of decode go through the key blocks together. Tiles of prefill go in groups of up to `GROUP_ROWS` rows, one
+group after another. A group of one request, as most are, gathers its keys once and multiplies larger matrices; any
+other takes its tiles one by one. Each starts at the first block that one of its rows sees and ends with the last.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.online_softmax import finish, init_state, update
+from kernels_pallas.platform import refuse_interpret
 
 BLOCK_TOKENS = 256
-"""Keys that are gathered and scored at a time."""
+"""Keys of a request that are gathered and scored at a time, at most."""
+BLOCK_BYTES = 2**21
+"""Bytes of keys and values of all requests that are gathered at a time, at most, where a page each is less."""
 GROUP_ROWS = 64
 """Rows of consecutive prefill tiles that go together, at most."""
 
 
 def paged_attention(
     q,
-    k_pages,
-    v_pages,
+    pages,
     block_tables,
     tile_request,
     kv_start,
     kv_stop,
     *,
+    decode_rows=0,
     scale,
     soft_cap=None,
+    interpret=False,
     block_tokens=BLOCK_TOKENS,
+    block_bytes=BLOCK_BYTES,
     group_rows=GROUP_ROWS,
 ):
     """See `kernels_pallas.paged_attention.paged_attention`."""
+    refuse_interpret("xla", interpret)
     T, N, H = q.shape
-    page_size, K = k_pages.shape[1:3]
-    pages_per_block = max(1, min(block_tokens // page_size, block_tables.shape[1]))
-    block = pages_per_block * page_size
-    block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % pages_per_block)))
-    num_tiles = tile_request.shape[0]
-    tile_rows = T // num_tiles
+    K, page_size = pages.shape[1:3]
+    M, page_bytes = block_tables.shape[1], 2 * K * page_size * H * pages.dtype.itemsize
+    heads = jnp.arange(K, dtype=jnp.int32)[None, :, None]
+
+    def gather(index, column):
+        """Columns ``column .. column + H`` of the heads ``index`` of pages ``[P * K, page_size, W]``."""
+        flat = pages.reshape(-1, *pages.shape[2:])
+        return jax.vmap(lambda i: jax.lax.dynamic_slice(flat, (i, 0, column), (1, page_size, H)))(index)
+
+    num_tiles = len(tile_request) - decode_rows
+    tile_rows = (T - decode_rows) // max(num_tiles, 1)
+    if tile_rows == 1:
+        decode_rows, num_tiles = T, 0
 
     def attend(q, requests, start, stop):
         """Rows ``[B, t, N, H]`` of ``[B]`` requests with intervals ``[B, t]``."""
-        tables = block_tables[requests]
+        block_pages = max(1, min(block_tokens // page_size, block_bytes // (len(requests) * page_bytes), M))
+        block = block_pages * page_size
+        tables = jnp.pad(block_tables[requests], ((0, 0), (0, -M % block_pages)))
         q = q.reshape(*q.shape[:2], K, N // K, H).transpose(0, 2, 3, 1, 4)
 
         def key_block(j, state):
-            pages = jax.lax.dynamic_slice_in_dim(tables, j * pages_per_block, pages_per_block, axis=1)
-            k, v = (x[pages].reshape(len(pages), block, K, H).transpose(0, 2, 1, 3) for x in (k_pages, v_pages))
+            taken = jax.lax.dynamic_slice_in_dim(tables, j * block_pages, block_pages, axis=1)
+            index = (taken[:, None] * K + heads).reshape(-1)
+            # Gathered apart: XLA would store keys and values together, and then copy each out of there.
+            k, v = (gather(index, column).reshape(-1, K, block, H) for column in (0, pages.shape[3] // 2))
             return update(state, q, k, v, j * block, start, stop, scale=scale, soft_cap=soft_cap)
 
         occupied = stop > start
-        first = jnp.min(jnp.where(occupied, start, tables.shape[1] * page_size)) // block
+        first = jnp.min(jnp.where(occupied, start, M * page_size)) // block
         last = -(-jnp.max(jnp.where(occupied, stop, 0)) // block)
         state = jax.lax.fori_loop(first, last, key_block, init_state(q))
         return finish(state, start, stop, q.dtype).transpose(0, 3, 1, 2, 4).reshape(-1, N, H)
@@ -70,11 +86,17 @@ def paged_attention(
 
         return jax.lax.cond(jnp.all(~occupied | (requests == request)), together, apart)
 
-    tiles = (q.reshape(num_tiles, tile_rows, N, H), tile_request,
-             kv_start.reshape(num_tiles, tile_rows), kv_stop.reshape(num_tiles, tile_rows))  # fmt: skip
-    if tile_rows == 1:
-        return attend(*tiles)
-    size = min(max(1, group_rows // tile_rows), num_tiles)
-    padding = -num_tiles % size  # tiles of empty rows
-    grouped = [jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]) for x in tiles]
-    return jax.lax.map(group, grouped).reshape(-1, N, H)[:T]
+    parts = []
+    if decode_rows:
+        rows = (x[:decode_rows, None] for x in (q, kv_start, kv_stop))
+        q_rows, start, stop = rows
+        parts.append(attend(q_rows, tile_request[:decode_rows], start, stop))
+    if num_tiles:
+        size = min(max(1, group_rows // tile_rows), num_tiles)
+        tiled = (x[decode_rows:].reshape(num_tiles, tile_rows, *x.shape[1:]) for x in (q, kv_start, kv_stop))
+        q_tiles, start, stop = tiled
+        tiles = (q_tiles, tile_request[decode_rows:], start, stop)
+        padding = -num_tiles % size  # tiles of empty rows
+        grouped = [jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]) for x in tiles]
+        parts.append(jax.lax.map(group, grouped).reshape(-1, N, H)[: T - decode_rows])
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -88,7 +88,7 @@ def test_prompt_logprobs_are_log_softmax_of_the_plain_logits(model, runner):
 def test_the_memory_table_counts_what_is_allocated(runner, model):
     budget = runner.memory_budget()
     assert budget.weights == sum(x.nbytes for x in jnp_leaves(model))
-    assert budget.kv_pages == runner.num_pages * 8 * 2 * 2 * 8 * 4 * 2  # page, k and v, heads, head_dim, bytes, layers
+    assert budget.kv_pages == runner.num_pages * 2 * 8 * 16 * 4 * 2  # heads, page, key and value, bytes, layers
     assert budget.forward > 0
     assert "KV pages" in str(budget)
 

@@ -13,6 +13,7 @@ from kernels_cases import EDGES, dense_oracle, draw_intervals, draw_qkv, mask_of
 
 from kernels_pallas import interval_attention
 from kernels_pallas.interval_attention import reference, xla
+from kernels_pallas.interval_attention.differentiable import Call, attend
 
 # B, T, S, N, K, H and options of the XLA form. Small tiles run the loops that real sizes run.
 GEOMETRIES = {
@@ -39,8 +40,16 @@ def case(name, kind, seed, dtype=jnp.float32):
 def attention(form, name):
     """A form with the options of a geometry and the scale that the public call takes by default."""
     (*_, H), options = GEOMETRIES[name]
-    function, options = (xla.interval_attention, options) if form == "xla" else (reference.interval_attention, {})
-    return partial(function, scale=H**-0.5, soft_cap=SOFT_CAP.get(name), **options)
+    scale, soft_cap = H**-0.5, SOFT_CAP.get(name)
+    if form == "reference":
+        return lambda *operands: reference.interval_attention(*operands, scale=scale, soft_cap=soft_cap)[0]
+    return partial(tiled, options, scale=scale, soft_cap=soft_cap)
+
+
+def tiled(options, *operands, scale, soft_cap=None):
+    """The XLA form with blocks of its own."""
+    call = Call(partial(xla.forward, **options), partial(xla.backward, **options), scale, soft_cap, False)
+    return attend(call, *operands)[0]
 
 
 @cache
@@ -86,7 +95,7 @@ def test_kernels_interval_any_shape_and_tile(shape, kind, seed, block_q, block_k
     rng = np.random.default_rng(seed)
     qkv = draw_qkv(rng, B, T, S, K * G, K, H)
     start, stop = draw_intervals(rng, kind, B, T, S)
-    out = jax.jit(partial(xla.interval_attention, scale=0.5, block_q=block_q, block_k=block_k))(
+    out = jax.jit(partial(tiled, {"block_q": block_q, "block_k": block_k}, scale=0.5))(
         *qkv, jnp.asarray(start), jnp.asarray(stop)
     )
     close(out, dense_oracle(*qkv, mask_of(start, stop, S), 0.5).astype(np.float32))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,8 @@ from kernels_pallas.intervals import RowIntervals
 __all__ = ["AttentionMetadata", "KVCache", "PagedLayout", "attend"]
 
 
-class KVCache(NamedTuple):
-    """One layer's pages of keys and values."""
-
-    k_pages: Float[Array, "P page_size K H"]
-    v_pages: Float[Array, "P page_size K H"]
+KVCache = Float[Array, "P K page_size W"]
+"""One layer's pages of keys and values (`kernels_pallas.pages`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +25,14 @@ class PagedLayout:
     Attributes:
       slots: ``[T]`` slot (page * page_size + offset) of each row's own key; past the last page for padding.
       block_tables: ``[R, M]`` pages of each request.
-      tile_request: ``[G]`` request of each tile of ``T // G`` rows.
+      tile_request: ``[G]`` request of each tile.
+      decode_rows: static; the first rows, which are tiles of one row each. The others stand in equal tiles.
     """
 
     slots: Int[Array, " T"]
     block_tables: Int[Array, "R M"]
     tile_request: Int[Array, " G"]
+    decode_rows: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +65,7 @@ def attend(
 ) -> tuple[Float[Array, "T N H"], KVCache | None]:
     """Attention of one decoder layer under the mask kind ``mask``.
 
-    With a cache, ``k`` and ``v`` are written to their pages first, and the new pages are returned.
+    With a cache, ``k`` and ``v`` are written to its pages first, and the new pages are returned.
     """
     start, stop = map(jnp.asarray, metadata.intervals[mask])
     if kv_cache is None:
@@ -75,8 +73,16 @@ def attend(
         return out[0], None
     paged = metadata.paged
     assert paged is not None, "a batch with a cache says where its pages are"
-    kv_cache = KVCache(kv_write(kv_cache.k_pages, k, paged.slots), kv_write(kv_cache.v_pages, v, paged.slots))
+    pages = kv_write(kv_cache, k, v, paged.slots)
     out = paged_attention(
-        q, *kv_cache, paged.block_tables, paged.tile_request, start, stop, scale=scale, soft_cap=soft_cap
+        q,
+        pages,
+        paged.block_tables,
+        paged.tile_request,
+        start,
+        stop,
+        decode_rows=paged.decode_rows,
+        scale=scale,
+        soft_cap=soft_cap,
     )
-    return out, kv_cache
+    return out, pages
