@@ -41,6 +41,8 @@ MAY_IMPORT = {
 KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 ALSO_IMPORTS = {"kernels_pallas.mask_picture": {"matplotlib"}}
 """Libraries of one module alone, which imports them when it is used."""
+MASKS = "kernels_pallas.intervals"
+"""What a model may import of the kernels: the ops are called in one place, `aphrodite_jax.modeling.layers.attention`."""
 FORBIDDEN_LIBRARIES = {"torch", "torchvision", "tensorflow"}
 
 
@@ -88,6 +90,9 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
         if (
             library in FORBIDDEN_LIBRARIES
             or (target is not None and target not in MAY_IMPORT[own])
+            or (
+                module.startswith("aphrodite_jax.modeling.models.") and target == "kernels_pallas" and imported != MASKS
+            )
             or (
                 own == "kernels_pallas"
                 and target is None
@@ -142,6 +147,7 @@ def test_rooms_form_an_order():
         ("aphrodite_jax.sampling.x", "from aphrodite_jax.executor.batch import Rows"),
         ("aphrodite_jax.llm", "import torch.nn as nn"),
         ("kernels_pallas.x", "from aphrodite_jax.errors import ConfigError"),
+        ("aphrodite_jax.modeling.models.x", "from kernels_pallas import interval_attention"),
         ("kernels_pallas.x", "import flax"),
         ("kernels_pallas.x", "def f():\n    import matplotlib"),
         ("kernels_pallas.interval_attention.x", "from torch import nn"),
@@ -156,7 +162,7 @@ def test_a_forbidden_import_is_caught(module, source):
     [
         ("aphrodite_jax.cli", "import aphrodite_jax\nfrom aphrodite_jax.batch import answer_job"),
         ("aphrodite_jax.engine.x", "import torchless\nfrom .sequence import Sequence\nfrom ..inputs import LLMInputs"),
-        ("aphrodite_jax.modeling.models.x", "from kernels_pallas import interval_attention"),
+        ("aphrodite_jax.modeling.models.x", "from kernels_pallas.intervals import RowIntervals"),
         ("kernels_pallas.mask_picture", "def f():\n    from matplotlib import pyplot"),
         ("kernels_pallas.x", "import functools\nimport jax.numpy as jnp\nfrom jaxtyping import Array\nfrom . import y"),
     ],

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas import interval_attention, kv_write, paged_attention
 from kernels_pallas.intervals import RowIntervals
 
-__all__ = ["AttentionMetadata", "KVCache", "PagedLayout", "attend"]
+__all__ = ["AttentionMetadata", "KVCache", "PagedLayout", "attend", "attend_batch"]
 
 
 KVCache = Float[Array, "P K page_size W"]
@@ -69,8 +69,8 @@ def attend(
     """
     start, stop = map(jnp.asarray, metadata.intervals[mask])
     if kv_cache is None:
-        out = interval_attention(q[None], k[None], v[None], start[None], stop[None], scale=scale, soft_cap=soft_cap)
-        return out[0], None
+        rows = RowIntervals(start[None], stop[None])
+        return attend_batch(q[None], k[None], v[None], rows, scale=scale, soft_cap=soft_cap)[0], None
     paged = metadata.paged
     assert paged is not None, "a batch with a cache says where its pages are"
     pages = kv_write(kv_cache, k, v, paged.slots)
@@ -86,3 +86,19 @@ def attend(
         soft_cap=soft_cap,
     )
     return out, pages
+
+
+def attend_batch(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    intervals: RowIntervals | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention within each item of a batch, as in a vision tower; intervals ``[B, T]``, None: all see all."""
+    if intervals is None:
+        start = jnp.zeros(q.shape[:2], jnp.int32)
+        intervals = RowIntervals(start, jnp.full_like(start, k.shape[1]))
+    return interval_attention(q, k, v, *map(jnp.asarray, intervals), scale=scale, soft_cap=soft_cap)

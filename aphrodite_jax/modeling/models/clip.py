@@ -7,8 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from aphrodite_jax.modeling.layers.activation import activation
+from aphrodite_jax.modeling.layers.attention import attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
-from kernels_pallas import interval_attention
 
 __all__ = ["CLIPVisionModel", "VisionEncoder", "check_image_size"]
 
@@ -30,8 +30,7 @@ class VisionAttention(nnx.Module):
         q, k, v = (
             projection(x).reshape(B, T, self.num_heads, -1) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        start = jnp.zeros((B, T), jnp.int32)
-        return self.out_proj(interval_attention(q, k, v, start, jnp.full_like(start, T)).reshape(B, T, D))
+        return self.out_proj(attend_batch(q, k, v).reshape(B, T, D))
 
 
 class VisionMLP(nnx.Module):
