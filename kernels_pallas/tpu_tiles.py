@@ -57,15 +57,23 @@ class Blocks(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Static facts of one call; ``flat``: rows stand in sublanes and heads in lanes, else the other way round."""
+    """Static facts of one call.
+
+    Attributes:
+      heads, kv_heads: query and key heads of a program.
+      head_dim: as stored; a multiple of `LANES` where ``flat``.
+      flat: whether rows stand in sublanes and heads in lanes, or the other way round.
+      sole: number of keys where one block holds them all, so that nothing is carried from block to block; else None.
+    """
 
     blocks: Blocks
-    heads: int  # query heads of a program
-    kv_heads: int  # key heads of a program
-    head_dim: int  # as stored: a multiple of LANES in the flat layout
+    heads: int
+    kv_heads: int
+    head_dim: int
     flat: bool
     soft_cap: float | None
     precision: jax.lax.Precision | None
+    sole: int | None = None
 
 
 def _product(a, b, contract_a: int, contract_b: int, precision):
@@ -95,6 +103,7 @@ class Refs(NamedTuple):
       k, v: key head and keys (`pl.ds`) to ``[keys, H]``; where not flat, v gives ``[H, keys]``.
       lse: log-sums ``[heads, rows]``, or None.
       maximum, total, values, tiles, limits: scratch, see `scratch_shapes`.
+      only: rows ``[first, last)`` that see anything, the others being none of a piece's business; None for all.
     """
 
     start: jax.Array
@@ -109,6 +118,14 @@ class Refs(NamedTuple):
     values: jax.Array
     tiles: jax.Array
     limits: jax.Array | None
+    only: tuple | None = None
+
+    def stop_of(self, stop, first_row, axis: int):
+        """``stop``, and 0 for rows that see nothing; rows of the program from ``first_row`` on stand along an axis."""
+        if self.only is None:
+            return stop
+        row = first_row + jax.lax.broadcasted_iota(jnp.int32, stop.shape, axis)
+        return jnp.where((row >= self.only[0]) & (row < self.only[1]), stop, 0)
 
 
 class Across:
@@ -125,7 +142,7 @@ class Across:
 
     def limits(self, piece):
         """Intervals ``[1, rows]`` of an edge piece."""
-        return self.r.start[piece], self.r.stop[piece]
+        return self.r.start[piece], self.r.stop_of(self.r.stop[piece], piece * self.p.blocks.edge_rows, 1)
 
     def prepare(self):
         """Make what `limits` needs, once a program."""
@@ -155,6 +172,9 @@ class Across:
     def settle(self, tops, rows, h):
         """Rows' new maxima, and the factor on what they had."""
         top = jnp.max(functools.reduce(jnp.maximum, tops), axis=0, keepdims=True)
+        if self.p.sole is not None:
+            self.r.maximum[h, :, rows] = top
+            return top, None
         old = self.r.maximum[h, :, rows]
         new = jnp.maximum(old, top)
         self.r.maximum[h, :, rows] = new
@@ -169,6 +189,9 @@ class Across:
 
     def add(self, rows, h, decay, total, values):
         """Take a block's sums and values in."""
+        if self.p.sole is not None:
+            self.r.total[h, :, rows], self.r.values[h, :, rows] = total, values
+            return
         self.r.total[h, :, rows] = _decayed(self.r.total[h, :, rows], decay) + total
         self.r.values[h, :, rows] = _decayed(self.r.values[h, :, rows], decay) + values
 
@@ -215,7 +238,7 @@ class Down:
         """Intervals of an edge piece, to compare with."""
         rows = self.p.blocks.edge_rows
         at = pl.ds(pl.multiple_of(piece * rows, rows), rows)
-        return self.r.limits[0, at], self.r.limits[1, at]
+        return self.r.limits[0, at], self.r.stop_of(self.r.limits[1, at], piece * rows, 0)
 
     def scores(self, rows, h, keys):
         """A tile of scores of one head, for the rows and keys given."""
@@ -223,7 +246,7 @@ class Down:
 
     def masked(self, tile, first_key, limits):
         """The tile, `LOWEST` where a row does not see a key."""
-        start, stop = (self._wide(x, tile.shape[1]) for x in limits)
+        start, stop = (x if isinstance(x, int) else self._wide(x, tile.shape[1]) for x in limits)
         key = first_key + jax.lax.broadcasted_iota(jnp.int32, tile.shape, 1)
         return jnp.where((key >= start) & (key < stop), tile, LOWEST)
 
@@ -239,6 +262,10 @@ class Down:
     def settle(self, tops, rows, h):
         """Rows' new maxima, and the factor on what they had."""
         top = jnp.max(functools.reduce(jnp.maximum, tops), axis=1, keepdims=True)
+        if self.p.sole is not None:
+            top = jnp.broadcast_to(top, (top.shape[0], LANES))
+            self.r.maximum[h, rows] = top
+            return top, None
         old = self.r.maximum[h, rows]
         new = jnp.maximum(old, top)
         self.r.maximum[h, rows] = new
@@ -252,6 +279,9 @@ class Down:
 
     def add(self, rows, h, decay, total, values):
         """Take a block's sums and values in."""
+        if self.p.sole is not None:
+            self.r.total[h, rows], self.r.values[h, rows] = total, values
+            return
         self.r.total[h, rows] = _decayed(self.r.total[h, rows], decay) + total
         self.r.values[h, rows] = _decayed(self.r.values[h, rows], self._wide(decay, self.p.head_dim)) + values
 
@@ -269,8 +299,8 @@ class Down:
         self.r.maximum[h, rows] = jnp.full((rows.size, LANES), LOWEST)
 
     def _row_sums(self, total, h):
-        """Sums over lanes, in all lanes; every third head's on the matrix units, which idle where this is asked for."""
-        if h % 3 != 2 or self.r.out.dtype == jnp.float32:
+        """Sums over lanes, in all lanes; every second head's on the matrix units, which idle when this is asked."""
+        if h % 2 == 0 or self.r.out.dtype == jnp.float32:
             return jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
         bits = jax.lax.bitcast_convert_type(total, jnp.int32)
         high = jax.lax.bitcast_convert_type(bits & -(1 << 16), jnp.float32)  # what bfloat16 holds of it
@@ -288,6 +318,8 @@ def visit(arrangement, problem: Problem, base, first_key, num_keys: int, chains,
     limits = None if piece is None else arrangement.limits(piece)
 
     def keys(n):
+        if problem.sole is not None:  # known to the compiler, so that lengths need no alignment
+            return pl.ds(n * step, step)
         return pl.ds(pl.multiple_of(first_key - base + n * step, step), step)
 
     def score(chain, n):
@@ -296,6 +328,8 @@ def visit(arrangement, problem: Problem, base, first_key, num_keys: int, chains,
             tile = jnp.tanh(tile) * (problem.soft_cap * math.log2(math.e))
         if limits is not None:
             tile = arrangement.masked(tile, first_key + n * step, limits)
+        elif problem.sole is not None and (n + 1) * step > problem.sole:
+            tile = arrangement.masked(tile, n * step, (0, problem.sole))  # padding
         return arrangement.put(chain % 2, n * step, step, tile)
 
     tops = [score(0, n) for n in range(count)]

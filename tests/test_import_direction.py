@@ -42,7 +42,7 @@ KERNEL_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 ALSO_IMPORTS = {"kernels_pallas.mask_picture": {"matplotlib"}}
 """Libraries of one module alone, which imports them when it is used."""
 MASKS = "kernels_pallas.intervals"
-"""What a model may import of the kernels: the ops are called in one place, `aphrodite_jax.modeling.layers.attention`."""
+"""What a model may import of the kernels: the ops are called in `aphrodite_jax.modeling.layers.attention` alone."""
 FORBIDDEN_LIBRARIES = {"torch", "torchvision", "tensorflow"}
 
 
@@ -82,6 +82,7 @@ def imports(source: str, module: str, *, is_package: bool) -> set[str]:
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
     """What a module imports against the direction."""
     own = room(module)
+    is_model = module.startswith("aphrodite_jax.modeling.models.")
     found = []
     for imported in sorted(imports(source, module, is_package=is_package)):
         library, target = imported.partition(".")[0], room(imported)
@@ -90,9 +91,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
         if (
             library in FORBIDDEN_LIBRARIES
             or (target is not None and target not in MAY_IMPORT[own])
-            or (
-                module.startswith("aphrodite_jax.modeling.models.") and target == "kernels_pallas" and imported != MASKS
-            )
+            or (is_model and target == "kernels_pallas" and imported != MASKS)
             or (
                 own == "kernels_pallas"
                 and target is None

@@ -73,7 +73,9 @@ def compile_for(chip: str, function, args, *, donate=()):
         return jax.jit(function, donate_argnums=donate).lower(*args).compile()
 
 
-def run(chip: str, build: str, kwargs: Mapping, *, cycles: bool = True, dump: str | None = None) -> dict:
+def run(
+    chip: str, build: str, kwargs: Mapping, *, cycles: bool = True, only: str | None = None, dump: str | None = None
+) -> dict:
     """Compile in a process of its own, as some kernels end theirs; what cannot be compiled gives ``"error"``.
 
     Args:
@@ -82,6 +84,7 @@ def run(chip: str, build: str, kwargs: Mapping, *, cycles: bool = True, dump: st
         arguments for `compile_for`.
       kwargs: for ``build``, as JSON can hold them.
       cycles: whether to estimate cycles.
+      only: a part of the name of the one op to look at; some of XLA's own end the cycle model.
       dump: folder for the bundles of the kernels, to tune by.
 
     Returns:
@@ -90,6 +93,7 @@ def run(chip: str, build: str, kwargs: Mapping, *, cycles: bool = True, dump: st
     with tempfile.TemporaryDirectory() as folder:
         # The cycle model ends the process where an operand of a kernel starts out in VMEM, which this forbids.
         flags = [f"--xla_jf_dump_static_llo_profile_to={folder}", "--xla_msa_enable=false"] if cycles else []
+        flags += [f"--xla_jf_dump_only_matching_hlo={only}"] if only else []
         flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"] if dump else []
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",

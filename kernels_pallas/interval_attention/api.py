@@ -12,14 +12,15 @@ from kernels_pallas.intervals import check_intervals
 from kernels_pallas.platform import refuse_interpret, select
 
 
-def _reference(*operands, scale, soft_cap, interpret):
+def _reference(*operands, scale, soft_cap, interpret, with_lse):
     refuse_interpret("reference", interpret)
-    return reference.interval_attention(*operands, scale=scale, soft_cap=soft_cap)
+    out, lse = reference.interval_attention(*operands, scale=scale, soft_cap=soft_cap)
+    return out, lse if with_lse else None
 
 
 def _with_derivative(module):
-    def call(*operands, scale, soft_cap, interpret):
-        return attend(Call(module.forward, module.backward, scale, soft_cap, interpret), *operands)
+    def call(*operands, **options):
+        return attend(Call(module.forward, module.backward, **options), *operands)
 
     return call
 
@@ -69,7 +70,9 @@ def interval_attention(
     _check(q, k, v, kv_start, kv_stop)
     chosen = select(implementation, IMPLEMENTATIONS)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out, lse = chosen(q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap, interpret=interpret)
+    out, lse = chosen(
+        q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap, interpret=interpret, with_lse=return_lse
+    )
     return (out, lse) if return_lse else out
 
 

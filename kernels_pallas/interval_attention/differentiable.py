@@ -19,11 +19,13 @@ class Call(NamedTuple):
     """What is static of a call.
 
     Attributes:
-      forward: ``(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret)`` to the output ``[B, T, N, H]`` and the
-        log-sums ``[B, T, N]``, float32, -inf for a row that sees no key.
+      forward: ``(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, with_lse)`` to the output
+        ``[B, T, N, H]`` and the log-sums ``[B, T, N]``, float32, -inf for a row that sees no key; None in their place
+        without ``with_lse``.
       backward: ``(q, k, v, kv_start, kv_stop, lse, delta, d_out, *, scale, soft_cap, interpret)`` to the gradients by
         q, k and v; ``delta`` is ``sum_h(d_out * out) - d_lse``, float32 ``[B, T, N]``.
       scale, soft_cap, interpret: for both.
+      with_lse: whether log-sums are wanted.
     """
 
     forward: Callable
@@ -31,23 +33,27 @@ class Call(NamedTuple):
     scale: float
     soft_cap: float | None
     interpret: Any
+    with_lse: bool = False
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(call: Call, q, k, v, kv_start, kv_stop):
-    """Output and log-sums; differentiable by q, k and v in reverse mode, through either."""
-    return _folded(_bind(call, call.forward))(q, k, v, kv_start, kv_stop)
+    """Output, and log-sums or None; differentiable by q, k and v in reverse mode, through either."""
+    return _folded(_bind(call, call.forward, with_lse=call.with_lse))(q, k, v, kv_start, kv_stop)
 
 
 def _forward(call, q, k, v, kv_start, kv_stop):
-    out, lse = attend(call, q, k, v, kv_start, kv_stop)
-    return (out, lse), (q, k, v, kv_start, kv_stop, out, lse)
+    operands = (q, k, v, kv_start, kv_stop)
+    out, lse = attend(call._replace(with_lse=True), *operands)
+    return (out, lse if call.with_lse else None), (*operands, out, lse)
 
 
 def _backward(call, kept, gradients):
     *operands, out, lse = kept
     d_out, d_lse = gradients
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    if d_lse is not None:
+        delta = delta - jnp.where(jnp.isfinite(lse), d_lse, 0)  # 0 * inf is NaN in what comes after an empty row
     by = _folded(_bind(call, call.backward))(*operands, lse, delta, d_out)
     return *by, None, None
 
@@ -55,8 +61,8 @@ def _backward(call, kept, gradients):
 attend.defvjp(_forward, _backward)
 
 
-def _bind(call: Call, function):
-    return partial(function, scale=call.scale, soft_cap=call.soft_cap, interpret=call.interpret)
+def _bind(call: Call, function, **options):
+    return partial(function, scale=call.scale, soft_cap=call.soft_cap, interpret=call.interpret, **options)
 
 
 def _folded(function):

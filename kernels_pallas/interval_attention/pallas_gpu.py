@@ -80,7 +80,7 @@ class _Problem(NamedTuple):
         return sum(width for _, width in self.tiles)
 
 
-def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, blocks=None):
+def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, with_lse=True, blocks=None):
     """Attention's output ``[B, T, N, H]`` and the rows' log-sums ``[B, T, N]``, float32.
 
     Args:
@@ -88,6 +88,7 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, blocks=No
       kv_start, kv_stop: int32 ``[B, T]``; a row with ``kv_stop <= kv_start`` gives zeros and a log-sum of -inf.
       scale: factor on the scores. soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)`` before masking.
       interpret: run the kernel as plain jax, for tests.
+      with_lse: whether to give log-sums; None in their place otherwise.
       blocks: `Blocks` in place of the table's.
 
     Raises:
@@ -103,7 +104,7 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, blocks=No
 
     head, row, interval = (make(problem, place) for make in (_head_rows, _row_values, _intervals))
     whole = _whole_keys(problem, N // k.shape[2])
-    return pl.pallas_call(
+    out, lse = pl.pallas_call(
         partial(_forward_kernel, problem),
         grid=(N, num_blocks, B),
         in_specs=[head, whole, whole, interval, interval, _used_spec(problem)],
@@ -113,6 +114,7 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, blocks=No
         interpret=interpret,
         name="interval_attention_forward",
     )(q, k, v, kv_start, kv_stop, _used_keys(kv_start, kv_stop, problem.num_keys, interpret))
+    return out, lse if with_lse else None
 
 
 def backward(q, k, v, kv_start, kv_stop, lse, delta, d_out, *, scale, soft_cap, interpret, d_query=None, d_key=None):

@@ -6,7 +6,6 @@ piece only where its own rows see something. `kernels_pallas.tpu_tiles` has what
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +104,23 @@ def _store(values, refs) -> None:
 
 
 def forward_kernel(
-    q, k, v, start, stop, bounds, *, blocks: Blocks, flat, groups, head_dim, with_lse, soft_cap, interpret, measured
+    q,
+    k,
+    v,
+    start,
+    stop,
+    bounds,
+    *,
+    blocks: Blocks,
+    num_keys,
+    flat,
+    groups,
+    head_dim,
+    with_lse,
+    soft_cap,
+    vmem,
+    interpret,
+    measured,
 ):
     """Call the kernel on padded arrays.
 
@@ -116,9 +131,11 @@ def forward_kernel(
       v: ``[B, S, K * H]`` where ``flat``, else ``[B, K * H, S]``; finite where no row sees it.
       start, stop: int32 ``[B, T]``.
       bounds: four int32 ``[B * pieces]`` or ``[B * programs]``, see `_kernel`.
+      num_keys: keys that are no padding.
       flat: whether heads lie side by side in lanes.
       groups: query heads of a key head.
       head_dim: H as stored.
+      vmem: bytes of VMEM that the kernel may take.
       measured: the values of ``bounds``, for the compiler's cycle model; None otherwise.
 
     Returns:
@@ -130,7 +147,9 @@ def forward_kernel(
     heads, kv_heads = _heads(groups, K, blocks.heads)
     chunk = _chunk(S, blocks)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    problem = Problem(blocks, heads, kv_heads, head_dim, flat, soft_cap, precision)
+    problem = Problem(
+        blocks, heads, kv_heads, head_dim, flat, soft_cap, precision, num_keys if blocks.keys == S else None
+    )
     N, bq, edge = K * groups, blocks.owned, blocks.edge_rows
     programs = T // bq
     shares = max(1, groups // heads)  # programs that read the same key heads
@@ -196,7 +215,7 @@ def forward_kernel(
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem(problem, chunk, scratch, q),
+            vmem_limit_bytes=vmem,
         ),
         interpret=interpret,
         name="interval_attention",
@@ -217,12 +236,3 @@ def _chunk(num_keys: int, blocks: Blocks) -> int:
     chunks = -(-num_keys // blocks.resident)
     per = -(-num_keys // chunks)
     return -(-per // blocks.edge_keys) * blocks.edge_keys
-
-
-def _vmem(problem: Problem, chunk: int, scratch, q) -> int:
-    """Bytes of VMEM to allow: what the blocks take twice over for the pipeline, scratch, and room for spills."""
-    blocks, size = problem.blocks, q.dtype.itemsize
-    width = problem.kv_heads * max(problem.head_dim, LANES)
-    block = (2 * chunk * width + 2 * blocks.owned * problem.heads * max(problem.head_dim, LANES)) * size
-    tiles = sum(math.prod(x.shape) * 4 for x in scratch)
-    return 2 * block + tiles + 4 * blocks.rows * blocks.keys * 4 + (8 << 20)

@@ -38,7 +38,7 @@ class _Blocks(NamedTuple):
     soft_cap: float | None
 
 
-def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret=False, **blocks):
+def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret=False, with_lse=True, **blocks):
     """Output ``[B, T, N, H]`` and log-sums ``[B, T, N]``; see `kernels_pallas.interval_attention.differentiable`.
 
     ``blocks`` may give ``block_q``, ``block_k`` and ``tile_scores``, in place of the values above.
@@ -46,11 +46,11 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret=False, **b
     refuse_interpret("xla", interpret)
     B, T, N, _ = q.shape
     if 0 in (B, T, k.shape[1]):
-        return jnp.zeros_like(q), jnp.full((B, T, N), -jnp.inf)
+        return jnp.zeros_like(q), jnp.full((B, T, N), -jnp.inf) if with_lse else None
     layout = _Layout(q, k, scale, soft_cap, **blocks)
     out, log_sums = _over_batch(_forward, layout.blocks, *layout.operands(q, k, v, kv_start, kv_stop))
-    lse = jnp.where((kv_stop > kv_start)[..., None], layout.from_rows(log_sums), -jnp.inf)
-    return layout.from_rows(out), lse
+    out, lse = layout.from_rows(out), layout.from_rows(log_sums)
+    return out, jnp.where((kv_stop > kv_start)[..., None], lse, -jnp.inf) if with_lse else None
 
 
 def backward(q, k, v, kv_start, kv_stop, lse, delta, d_out, *, scale, soft_cap, interpret=False, **blocks):

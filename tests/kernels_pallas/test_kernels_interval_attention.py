@@ -178,6 +178,34 @@ def test_kernels_interval_memory_is_linear(program):
     assert large < 8192 * 8192 * 4 / 8
 
 
+@pytest.mark.parametrize("name", ["odd head", "both are cut"])
+def test_kernels_interval_log_sums_join_disjoint_keys(name):
+    """Attention over all keys is that over two halves, weighted by their log-sums; and log-sums have gradients."""
+    qkv, (start, stop), _ = case(name, "random", 5)
+    middle = jnp.full_like(start, qkv[1].shape[1] // 2)
+    options = {"implementation": "xla", "return_lse": True, "soft_cap": 2.0}
+    parts = [
+        interval_attention(*qkv, jnp.minimum(start, middle), jnp.minimum(stop, middle), **options),
+        interval_attention(*qkv, jnp.maximum(start, middle), jnp.maximum(stop, middle), **options),
+    ]
+    outs, log_sums = (jnp.stack(x) for x in zip(*parts, strict=True))
+    total = jax.nn.logsumexp(log_sums, axis=0)
+    share = jnp.where(jnp.isfinite(log_sums), jnp.exp(log_sums - total[None]), 0)
+    out, lse = interval_attention(*qkv, start, stop, **options)
+    close(jnp.sum(share[..., None] * outs, axis=0), out)
+    chex.assert_trees_all_close(total, lse, rtol=1e-5)
+    assert (np.isneginf(lse) == np.asarray(stop <= start)[..., None]).all()
+
+    def weighed(implementation, *qkv):
+        out, lse = interval_attention(*qkv, start, stop, **options | {"implementation": implementation})
+        return jnp.sum(out) + jnp.sum(jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0))
+
+    by, expected = (
+        jax.grad(partial(weighed, implementation), argnums=(0, 1, 2))(*qkv) for implementation in ("xla", "reference")
+    )
+    close(by, expected, 1e-4)
+
+
 def test_kernels_interval_default_is_xla():
     qkv, intervals, _ = case("odd head", "random", 0)
     default, named = (
@@ -205,6 +233,14 @@ BAD = {
     "interval dtype": ({}, {"kv_start": jnp.float32}, "intervals are int32, got float32"),
     "integer values": ({}, {"v": jnp.int32}, "floating point, got float32, float32, int32"),
 }
+
+
+def test_kernels_interval_refuses_intervals_outside_the_keys():
+    x, start = jnp.zeros((1, 3, 1, 4)), jnp.zeros((1, 3), jnp.int32)
+    with pytest.raises(ValueError, match="sees keys \\[0, 4\\), outside \\[0, 3\\]"):
+        interval_attention(x, x, x, start, jnp.asarray([[1, 4, 2]], jnp.int32))
+    with pytest.raises(ValueError, match="interpret runs a Pallas kernel"):
+        interval_attention(x, x, x, start, start, implementation="xla", interpret=True)
 
 
 @pytest.mark.parametrize(("shapes", "dtypes", "message"), BAD.values(), ids=BAD)

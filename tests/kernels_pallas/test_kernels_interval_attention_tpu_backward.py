@@ -2,7 +2,6 @@
 
 import os
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import chex
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_cases import EDGES, draw_intervals, draw_qkv, seeds
+from tpu_compiler import needs_libtpu
 
 from kernels_pallas.compile_only import tpu
 from kernels_pallas.interval_attention import pallas_tpu_backward, reference
@@ -227,9 +227,6 @@ def compiled(chip, *shapes, monkeypatch):
     found = tpu.run(chip, f"{Path(__file__).stem}:program", {"shapes": shapes}, cycles=False)
     assert "error" not in found, found["error"]
     return found["temp_bytes"]
-
-
-needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="compiles with libtpu, which isn't installed")
 
 
 @needs_libtpu

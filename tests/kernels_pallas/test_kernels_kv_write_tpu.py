@@ -1,6 +1,5 @@
 """TPU's kernel that writes to pages, in interpret mode, against a loop in NumPy."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -10,15 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_libtpu
 
 from kernels_pallas.compile_only import tpu
 from kernels_pallas.kv_write import pallas_tpu
 from kernels_pallas.kv_write.pallas_tpu import kv_write
 from kernels_pallas.pages import page_width
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
-)
 P = 6
 write = jax.jit(kv_write, static_argnames="interpret")
 

@@ -1,7 +1,6 @@
 """TPU's decode kernel in interpret mode against attention written out in NumPy, one row and head at a time."""
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import needs_libtpu
 
 from kernels_pallas.compile_only import tpu
 from kernels_pallas.paged_attention import pallas_tpu_decode
@@ -18,9 +18,6 @@ from kernels_pallas.paged_attention.pallas_tpu_decode import decode
 from kernels_pallas.pages import page_width
 
 attend = jax.jit(decode, static_argnames=("scale", "soft_cap", "interpret"))
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed"
-)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
