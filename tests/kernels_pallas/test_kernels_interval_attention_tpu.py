@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import tpu as pltpu
 from kernels_cases import EDGES, draw_intervals, draw_qkv, seeds
 from tpu_compiler import needs_libtpu
 
@@ -128,6 +129,20 @@ def test_kernels_tpu_gradients_through_the_public_call():
     ours = jax.jit(jax.grad(functools.partial(total, "pallas_tpu", True), argnums=(0, 1, 2)))(*qkv)
     expected = jax.grad(functools.partial(total, "reference", False), argnums=(0, 1, 2))(*qkv)
     chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", ["across", "down"])
+def test_kernels_tpu_forward_reads_nothing_that_was_not_written(cut):
+    """With memory that is NaN until it is written, and races looked for."""
+    rng = np.random.default_rng(4)
+    T, S, H = 270, 500, 128
+    start, stop = draw_intervals(rng, "random", 1, T, S)
+    q, k, v = draw_qkv(rng, 1, T, S, 2, 1, H)
+    params = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    options = {"scale": H**-0.5, "soft_cap": None, "interpret": params, "blocks": CUT[cut]}
+    out, lse = jax.jit(functools.partial(pallas_tpu.forward, **options))(q, k, v, start, stop)
+    expected = oracle(q, k, v, start, stop)
+    chex.assert_trees_all_close((out, lse), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_tpu_free_blocks_are_seen_by_every_row():
