@@ -18,7 +18,7 @@ nothing, padding for instance, stays empty whatever is laid over it.
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -47,10 +47,10 @@ __all__ = [
 
 
 class RowIntervals(NamedTuple):
-    """Keys that each query row sees: ``[start, stop)``, int32 of the same shape."""
+    """Keys that each query row sees: ``[start, stop)``, int32 of the same shape; NumPy on the host, JAX in a program."""
 
-    start: np.ndarray
-    stop: np.ndarray
+    start: Any
+    stop: Any
 
 
 def causal(length: int, *, offset: int = 0, window: int | None = None) -> RowIntervals:

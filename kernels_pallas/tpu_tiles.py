@@ -10,6 +10,10 @@ Online softmax: Milakov and Gimelshein, https://arxiv.org/abs/1805.02867; blocks
 https://arxiv.org/abs/2307.08691. Powers are of 2, log2(e) being a factor of the scores.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import functools
 import math
 from collections.abc import Callable

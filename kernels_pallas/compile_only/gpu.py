@@ -188,8 +188,9 @@ def compile_for(function: Callable, arguments: Sequence[jax.ShapeDtypeStruct], t
             options["xla_dump_emitter_re"] = "ptx"
         with jax.default_device(device):
             compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
-        temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-        return Compiled(kernels=tuple(_kernels(Path(dump), card)), temp_bytes=temp_bytes)
+        memory = compiled.memory_analysis()
+        assert memory is not None, "the CUDA compiler tells a program's memory"
+        return Compiled(kernels=tuple(_kernels(Path(dump), card)), temp_bytes=memory.temp_size_in_bytes)
 
 
 def _kernels(dump: Path, card: Card):
@@ -208,6 +209,7 @@ def _kernels(dump: Path, card: Card):
             spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             registers = re.search(r"Used (\d+) registers", entry)
             fixed = re.search(r"(\d+) bytes smem", entry)
+            assert spilled and registers, f"ptxas tells registers and spills, not {entry!r}"
             yield Kernel(
                 name=name,
                 registers=int(registers[1]),
@@ -219,7 +221,7 @@ def _kernels(dump: Path, card: Card):
 def _ptxas() -> str | None:
     """NVIDIA's assembler, of the wheel or on the path."""
     wheels = importlib.util.find_spec("nvidia")
-    for folder in wheels.submodule_search_locations if wheels else ():
+    for folder in (wheels.submodule_search_locations or ()) if wheels else ():
         found = next(Path(folder).glob("*/bin/ptxas"), None)
         if found:
             return str(found)

@@ -52,6 +52,10 @@ CHIPS = {
 """Figures of v5e and v6e were checked against compiled matrix products; the others are the published ones."""
 
 
+ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""Settings with which `libtpu` looks for no TPU, and lets other processes compile at the same time."""
+
+
 def devices(chip: str):
     """The devices of a chip's topology, to compile for.
 
@@ -61,6 +65,8 @@ def devices(chip: str):
     """
     if chip not in CHIPS:
         raise ValueError(f"no chip {chip!r}; there are {', '.join(CHIPS)}")
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
 
 
@@ -95,12 +101,14 @@ def run(
         flags = [f"--xla_jf_dump_static_llo_profile_to={folder}", "--xla_msa_enable=false"] if cycles else []
         flags += [f"--xla_jf_dump_only_matching_hlo={only}"] if only else []
         flags += [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"] if dump else []
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]),
-        }
+        environment = (
+            os.environ
+            | ALONE
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]),
+            }
+        )
         request = json.dumps({"chip": chip, "build": build, "kwargs": dict(kwargs)})
         command = [sys.executable, "-m", "kernels_pallas.compile_only.tpu", request]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -133,6 +141,7 @@ def _main(request: str) -> None:
     function, args, *rest = getattr(importlib.import_module(module), name)(**wanted["kwargs"])
     compiled = compile_for(wanted["chip"], function, args, **(rest[0] if rest else {}))
     memory = compiled.memory_analysis()
+    assert memory is not None, "libtpu tells a program's memory"
     print(json.dumps({"temp_bytes": memory.temp_size_in_bytes, "output_bytes": memory.output_size_in_bytes}))
 
 

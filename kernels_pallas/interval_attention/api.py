@@ -1,6 +1,7 @@
 """The public call of dense attention, its checks, and its implementations by name."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -46,7 +47,7 @@ def interval_attention(
     return_lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> Any:
     """Attention in which row ``i`` sees the keys ``kv_start[i] <= j < kv_stop[i]``.
 
     Args:
@@ -58,6 +59,9 @@ def interval_attention(
         row that sees no key. Outputs over disjoint keys join by their log-sums.
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks by platform.
       interpret: run a Pallas kernel as plain JAX, for tests.
+
+    Returns:
+      The output ``[B, T, N, H]``, and with ``return_lse`` the log-sums ``[B, T, N]`` beside it.
 
     Softmax and accumulation are in float32. What stands in a key or value that no row sees has no effect, NaN
     included, nor does the query of a row that sees no key. Differentiable by q, k and v in reverse mode.

@@ -44,7 +44,7 @@ def attend(call: Call, q, k, v, kv_start, kv_stop):
 
 def _forward(call, q, k, v, kv_start, kv_stop):
     operands = (q, k, v, kv_start, kv_stop)
-    out, lse = attend(call._replace(with_lse=True), *operands)
+    out, lse = _folded(_bind(call, call.forward, with_lse=True))(*operands)
     return (out, lse if call.with_lse else None), (*operands, out, lse)
 
 

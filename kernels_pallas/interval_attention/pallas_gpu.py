@@ -13,6 +13,10 @@ Pallas' Triton lowering is deprecated since jax 0.11 (0.12 gives a DeprecationWa
 own stands in `_load`, `_store` and `_params`; the rest is plain jax.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import math
 from functools import partial
 from typing import NamedTuple

@@ -4,6 +4,10 @@ Arrays go to the kernel as models have them where the head dimension is a multip
 in lanes, a free reshape); else heads stand in sublanes and rows in lanes, which wastes no lane on padding.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import math
 
 import jax.numpy as jnp

@@ -17,6 +17,10 @@ Heads are pipelined by hand: products of the next head, weights of this one, gra
 Keys that don't fit in VMEM go in chunks, one call each, and the parts of the gradient by queries are added up.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import math
 from functools import partial
 from typing import NamedTuple

@@ -5,6 +5,10 @@ One program owns a block of query rows of a few heads, and walks the keys that i
 piece only where its own rows see something. `kernels_pallas.tpu_tiles` has what is done with one block.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import functools
 
 import jax

@@ -10,6 +10,10 @@ Copies of some tiles, in and out, go on while another is changed. The new rows a
 the same means, each with all heads; the tile's heads then take them by a strided load.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import functools
 from typing import NamedTuple
 

@@ -16,6 +16,10 @@ Where a key and its value share 128 lanes (heads of up to 64, `kernels_pallas.pa
 query filled up with zeros leaves the value out of its score, and the output stands in the upper lanes.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import functools
 import math
 from typing import NamedTuple

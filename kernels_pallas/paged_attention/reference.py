@@ -30,6 +30,5 @@ def paged_attention(
     k, v = split(gathered, q.shape[2])
     rows = (q, k, v, kv_start, kv_stop)
     q, k, v, kv_start, kv_stop = (x if x.ndim == 4 else x[:, None] for x in rows)
-    return interval_attention(q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap, implementation="reference")[
-        :, 0
-    ]
+    out = interval_attention(q, k, v, kv_start, kv_stop, scale=scale, soft_cap=soft_cap, implementation="reference")
+    return out[:, 0]
