@@ -213,7 +213,7 @@ def _without_pillow_limit() -> Iterator[None]:
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:60]}...")
+    return repr(text if len(text) <= 80 else f"{text[:40]}...{text[-30:]}")  # a file's name is at the end
 
 
 def _reason(error: Exception) -> str:

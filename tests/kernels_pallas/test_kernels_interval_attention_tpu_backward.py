@@ -28,7 +28,7 @@ def expected(scale, soft_cap):
 
     def both(qkv, intervals, d_out):
         attention = partial(reference.interval_attention, scale=scale, soft_cap=soft_cap)
-        out, pull = jax.vjp(lambda *qkv: attention(*qkv, *intervals), *qkv)
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, *intervals)[0], *qkv)
         return pull(d_out), log_sums(*qkv[:2], *intervals, scale, soft_cap), (out * d_out).sum(-1)
 
     return jax.jit(both, compiler_options=QUICK)
@@ -141,7 +141,7 @@ def test_kernels_tpu_backward_equals_reference(name):
 
 
 @given(st.sampled_from([PARTS, CHUNKS]), st.sampled_from(EDGES), seeds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_kernels_tpu_backward_random_intervals(plan, kind, seed):
     shape = (2, 150, 520, 4, 2, 64)
     check(shape, draw_intervals(np.random.default_rng(seed), kind, 2, 150, 520), seed, plan=plan)
