@@ -47,7 +47,7 @@ __all__ = [
 
 
 class RowIntervals(NamedTuple):
-    """Keys that each query row sees: ``[start, stop)``, int32 of the same shape; NumPy on the host, JAX in a program."""
+    """Keys that each query row sees: ``[start, stop)``, int32 of one shape; NumPy on the host, JAX in a program."""
 
     start: Any
     stop: Any

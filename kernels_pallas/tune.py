@@ -97,7 +97,7 @@ def estimate(chip: str, kind: str, blocks: Blocks) -> int:
 
 
 def _may_go_down(chip: str, head: str, blocks: Blocks) -> bool:
-    """Rows in sublanes lost by half on v6e wherever tried; eight heads of 256 take the compiler minutes and gigabytes."""
+    """Rows in sublanes lost by a third on v6e; eight heads of 256 take the compiler minutes and gigabytes."""
     return chip == "v5e" and (head == "128" or (head == "256" and blocks.heads <= 4))
 
 

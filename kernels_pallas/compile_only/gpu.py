@@ -209,7 +209,8 @@ def _kernels(dump: Path, card: Card):
             spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             registers = re.search(r"Used (\d+) registers", entry)
             fixed = re.search(r"(\d+) bytes smem", entry)
-            assert spilled and registers, f"ptxas tells registers and spills, not {entry!r}"
+            assert spilled is not None, f"ptxas tells spills, not {entry!r}"
+            assert registers is not None, f"ptxas tells registers, not {entry!r}"
             yield Kernel(
                 name=name,
                 registers=int(registers[1]),

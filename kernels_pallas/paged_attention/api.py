@@ -6,13 +6,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.paged_attention import pallas_gpu, reference, xla
+from kernels_pallas.paged_attention import pallas_gpu, pallas_tpu, reference, xla
 from kernels_pallas.pages import check_pages
 from kernels_pallas.platform import select
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
     "xla": xla.paged_attention,
+    "pallas_tpu": pallas_tpu.paged_attention,
     "pallas_gpu": pallas_gpu.paged_attention,
 }
 """TPU takes "pallas_tpu", GPUs from A100 on "pallas_gpu", all else "xla"."""
