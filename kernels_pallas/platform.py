@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-__all__ = ["default", "refuse_interpret", "select"]
+__all__ = ["default", "refuse_interpret", "select", "tpu_reciprocal"]
 
 FALLBACK = "xla"
 """Serves every platform."""
@@ -49,3 +49,11 @@ def refuse_interpret(name: str, interpret: bool) -> None:
     """
     if interpret:
         raise ValueError(f"interpret runs a Pallas kernel as plain JAX; implementation {name!r} is not one")
+
+
+def tpu_reciprocal() -> Callable:
+    """Pallas' reciprocal ``(x, *, approx)`` for TPU kernels: of its TPU module after jax 0.10, of Pallas before."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    return tpu.reciprocal if hasattr(tpu, "reciprocal") else pallas.reciprocal

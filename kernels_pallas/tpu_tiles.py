@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.platform import tpu_reciprocal
+
 __all__ = ["LANES", "LOWEST", "Across", "Blocks", "Down", "Problem", "Refs", "scratch_shapes", "visit"]
 
 LANES = 128
@@ -89,7 +91,7 @@ def _reciprocal(x, dtype):
     """``1 / x``, exact where the result keeps float32; else an estimate and a step of Newton's method."""
     if dtype == jnp.float32:
         return 1 / x
-    estimate = pl.reciprocal(x, approx=True)
+    estimate = tpu_reciprocal()(x, approx=True)
     return estimate * (2 - x * estimate)
 
 

@@ -63,7 +63,7 @@ def search(chip: str, name: str, peer: str) -> tuple[list[int], int] | None:
         kwargs = {"case": name, "peer": peer, "blocks": blocks, "roughly": True}
         each = [
             tpu.run(chip, "kernels_pallas.benchmark.tpu_peers:build", kwargs, only=kernel)
-            for kernel in tpu_peers.kernels(peer, case)
+            for kernel in tpu_peers.kernels(case)
         ]
         if all(x.get("cycles") for x in each):
             found.append((sum(sum(x["cycles"].values()) for x in each), blocks))

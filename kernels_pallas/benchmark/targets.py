@@ -75,7 +75,7 @@ def _peer(name: str, peer: str, chip: str, floor: float, ours: float) -> dict[st
     _, parts = tpu_peers.measured_part(peer, case)
     kwargs = {"case": name, "peer": peer, "blocks": blocks}
     try:
-        found = _estimate(chip, "tpu_peers", kwargs, tpu_peers.kernels(peer, case), parts)
+        found = _estimate(chip, "tpu_peers", kwargs, tpu_peers.kernels(case), parts)
     except CannotMeasure as error:
         return {"reason": f"the compiler gives no estimate: {error}"}
     cycles = max(found["estimate"], floor)

@@ -98,6 +98,13 @@ def _in_pages(case: Dense | Paged) -> Paged:
     return Paged(about=case.about, requests=((length, length),) * len(starts), page_size=PAGE_SIZE, **heads)
 
 
+def kernels(case: Case) -> list[str]:
+    """Names of the ops to look at, see `storing`; gradients are two calls after the forward one."""
+    if isinstance(case, Dense) and case.backward:
+        return ["peer1.1", "peer2.1"]
+    return ["peer0.1"]
+
+
 @contextlib.contextmanager
 def storing(*tables):
     """While traced, the n-th `pallas_call` is named "peer<n>" and first stores ``tables[n]``, None for no table."""
