@@ -56,4 +56,4 @@ def tpu_reciprocal() -> Callable:
     from jax.experimental import pallas
     from jax.experimental.pallas import tpu
 
-    return tpu.reciprocal if hasattr(tpu, "reciprocal") else pallas.reciprocal
+    return getattr(tpu, "reciprocal", None) or pallas.reciprocal

@@ -3,6 +3,9 @@
 Sizes are those of published models (Llama 3 8B, PaliGemma, Gemma 3 4B, CLIP-L, SigLIP); all arrays are bfloat16.
 """
 
+# What a case has depends on its kind, which the names of cases tell and types do not.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import dataclasses
 from collections.abc import Callable
 

@@ -5,6 +5,9 @@ little. For pages, the peer gathers each request's keys and then attends, from p
 keys and values apart, ``[P, page_size, K, H]``. All arrays are float32.
 """
 
+# What a case has depends on its kind, which the names of cases tell and types do not.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import dataclasses
 import time
 from collections.abc import Callable, Sequence

@@ -4,6 +4,9 @@ time on this machine's CPU.
 All give a dict for one line of JSON. Cycles are in thousands, times in milliseconds.
 """
 
+# What a case has depends on its kind, which the names of cases tell and types do not.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -8,6 +8,9 @@ Operands stand as each peer likes them best (heads first; keys and values by pag
 them there, and what makes a mask, is not counted.
 """
 
+# What a case has depends on its kind, which the names of cases tell and types do not.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import contextlib
 import dataclasses
 import functools

@@ -1,5 +1,9 @@
 """Paged attention on TPU: a Mosaic kernel for decode rows, and one for tiles of prefill."""
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import jax.numpy as jnp
 
 from kernels_pallas.paged_attention.pallas_tpu_decode import decode

@@ -15,6 +15,10 @@ Rows of other requests see nothing of a segment: their weights are 0. As 0 * NaN
 segment sees are cleared at the ends of what it sees; what stands between is written.
 """
 
+# Starred arguments, and refs that only some variants of a kernel have, are beyond the type checker.
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalIterable=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import functools
 import math
 from typing import NamedTuple
