@@ -125,8 +125,8 @@ def test_kernels_paged_prefill_tpu_masks(blocks):
 
 
 def test_kernels_paged_prefill_tpu_whole_blocks():
-    """Key blocks that no row needs a mask for, before and between others, in a program of one request."""
-    requests = [causal(440, 64), (np.full(64, 128), np.full(64, 512)), (np.full(60, 37), np.full(60, 499))]
+    """Key blocks that all rows of a request see, before and between others; at first two requests share a program."""
+    requests = [causal(300, 20), causal(270, 30), causal(440, 64), (np.full(60, 37), np.full(60, 499))]
     check(requests, **ONE_SHAPE)
 
 
