@@ -74,7 +74,10 @@ def _peer(name: str, peer: str, chip: str, floor: float, ours: float) -> dict[st
     reason = tpu_peers.obstacle(peer, case)
     if reason is not None:
         return {"reason": reason}
-    blocks = peer_blocks.best(chip, name, peer)
+    try:
+        blocks = peer_blocks.best(chip, name, peer)
+    except KeyError:
+        return {"reason": "no blocks of it were searched for this case (kernels_pallas/benchmark/peer_blocks.py)"}
     _, parts = tpu_peers.measured_part(peer, case)
     kwargs = {"case": name, "peer": peer, "blocks": blocks}
     try:

@@ -40,7 +40,7 @@ SHARE = 4
 PEERS = {
     "splash": "splash_attention, the mask known when it is traced",
     "splash at run time": "splash_attention, the mask known when it runs",
-    "splash segments": "splash_attention, causal with segment ids",
+    "splash segments": "splash_attention with segment ids, which also tell padding from patches",
     "flash": "flash_attention",
     "ragged": "ragged_paged_attention",
 }
@@ -59,7 +59,7 @@ def obstacle(peer: str, case: Case) -> str | None:
         return None if case.mask in ("causal", "packed") else "its mask is causal, with a window at most"
     if isinstance(case, Paged):
         return "reads no pages"
-    if peer == "splash segments" and case.mask != "packed":
+    if peer == "splash segments" and case.mask not in ("packed", "full"):
         return "the case has no segments"
     if peer == "splash at run time" and case.mask != "window and spans":
         return "measured where the mask depends on the input"
@@ -102,32 +102,39 @@ def _in_pages(case: Dense | Paged) -> Paged:
 
 
 def kernels(case: Case) -> list[str]:
-    """Names of the ops to look at, see `storing`; gradients are two calls after the forward one."""
+    """Names of the ops to look at, as `storing` makes them."""
     if isinstance(case, Dense) and case.backward:
-        return ["peer1.1", "peer2.1"]
-    return ["peer0.1"]
+        return ["peer_dkv.1", "peer_dq.1"]
+    return ["peer_forward.1"]
 
 
 @contextlib.contextmanager
-def storing(*tables):
-    """While traced, the n-th `pallas_call` is named "peer<n>" and first stores ``tables[n]``, None for no table."""
-    original, calls = pl.pallas_call, iter(range(len(tables)))
+def storing(**tables):
+    """While traced, a kernel named like ``dq`` or ``dkv``, or else ``forward``, first stores the tables of this name.
+
+    They are NumPy arrays in the order of the scalar operands, None where nothing is to be stored. The op is called
+    "peer_forward" and so on.
+    """
+    original = pl.pallas_call
 
     def pallas_call(kernel, *args, **options):
-        number = next(calls)
+        function = kernel
+        while isinstance(function, functools.partial):
+            function = function.func
+        role = next((role for role in ("dkv", "dq") if f"_{role}_" in function.__name__), "forward")
         grid = options["grid_spec"].grid
 
         def storing_first(*refs):
             @pl.when(functools.reduce(operator.and_, [pl.program_id(axis) == 0 for axis in range(len(grid))]))
             def _():
-                for ref, table in zip(refs, tables[number], strict=False):
+                for ref, table in zip(refs, tables.get(role, ()), strict=False):
                     for index, x in np.ndenumerate(table) if table is not None else ():
                         if x:
                             ref[index] = jnp.int32(int(x))
 
             kernel(*refs)
 
-        return original(storing_first, *args, **options | {"name": f"peer{number}"})
+        return original(storing_first, *args, **options | {"name": f"peer_{role}"})
 
     pl.pallas_call = pallas_call
     try:
@@ -145,8 +152,9 @@ def _splash(case: Dense, blocks, peer: str):
         sizes |= dict(block_q_dkv=bq, block_kv_dkv=bkv, block_kv_dkv_compute=compute, block_q_dq=bq, block_kv_dq=bkv)
     sizes = splash.BlockSizes(**sizes)
     options = dict(block_sizes=sizes, head_shards=1, q_seq_shards=1, downcast_smem_data=False)
-    if case.mask == "causal" or peer == "splash segments":
-        mask = splash_mask.CausalMask((T, T))
+    segmented = peer == "splash segments"
+    if case.mask == "causal" or segmented:
+        mask = (splash_mask.FullMask if case.mask == "full" else splash_mask.CausalMask)((T, T))
     else:
         mask = np.zeros((T, T), bool)
         mask[: case.length, : case.length] = to_mask(case.intervals(), case.length)[0]
@@ -158,15 +166,21 @@ def _splash(case: Dense, blocks, peer: str):
     else:
         mask = splash_mask.MultiHeadMask([mask] * N)
     kernel = splash.make_splash_mha(mask, **options)
-    infos = [kernel.fwd_mask_info] + [x for x in (kernel.dq_mask_info, kernel.dkv_mask_info) if x is not None]
-    tables = [[None if x is None else np.asarray(x) for x in (i.data_next, i.block_mask, i.mask_next)] for i in infos]
+    # The flag is for the name of a scope alone.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=None)
+    infos = {"forward": kernel.fwd_mask_info, "dq": kernel.dq_mask_info, "dkv": kernel.dkv_mask_info}
+    tables = {
+        role: [None if x is None else np.asarray(x) for x in (info.data_next, info.block_mask, info.mask_next)]
+        for role, info in infos.items()
+        if info is not None
+    }
     operands = [jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), kernel)]
     operands += [array(N, T, H), array(K, T, H), array(K, T, H)]
-    if peer == "splash segments":
-        operands.append(splash.SegmentIds(*[array(T, dtype=jnp.int32)] * 2))
+    if segmented:
+        operands.append(splash.SegmentIds(array(T, dtype=jnp.int32), array(T, dtype=jnp.int32)))
 
     def function(kernel, q, k, v, segments=None, *d_out):
-        with storing(*tables):
+        with storing(**tables):
             if not case.backward:
                 return kernel(q, k, v, segments)
             return jax.vjp(kernel, q, k, v)[1](*d_out)
@@ -191,7 +205,7 @@ def _flash(case: Dense, blocks):
     head = array(B, N, T, -(-H // LANES) * LANES)
     bias = segments = None
     if case.mask == "packed" or (case.mask == "full" and case.length != T):
-        segments = flash.SegmentIds(*[array(B, T, dtype=jnp.int32)] * 2)
+        segments = flash.SegmentIds(array(B, T, dtype=jnp.int32), array(B, T, dtype=jnp.int32))
     elif not causal and case.mask != "full":
         bias = array(B, N, T, T)
 
@@ -199,7 +213,7 @@ def _flash(case: Dense, blocks):
         def attend(q, k, v):
             return flash.flash_attention(q, k, v, bias, segments, causal=causal, sm_scale=H**-0.5, block_sizes=sizes)
 
-        with storing((), (), ()):
+        with storing():
             return jax.vjp(attend, q, k, v)[1](*d_out) if case.backward else attend(q, k, v)
 
     return function, (head, head, head, bias, segments, *([head] if case.backward else []))
@@ -217,7 +231,7 @@ def _ragged(case: Paged, blocks):
     ints = [array(*shape, dtype=jnp.int32) for shape in ((R,), (R, int(pages)), (R + 1,), (1,))]
 
     def function(*operands):
-        with storing((keys, None, ends, None, np.array([R]))):
+        with storing(forward=(keys, None, ends, None, np.array([R]))):
             return ragged.ragged_paged_attention(
                 *operands,
                 sm_scale=case.head_dim**-0.5,

@@ -185,12 +185,17 @@ def like(peer, name):
     return CASES[peer_blocks.LIKE.get(name, name) if peer == "ragged" else name]
 
 
-def test_every_peer_has_blocks_or_a_reason():
-    for chip in targets.TPUS:
-        for name, case in CASES.items():
-            for peer in tpu_peers.PEERS:
-                if tpu_peers.obstacle(peer, case) is None:
-                    assert peer_blocks.best(chip, name, peer) in peer_blocks.candidates(peer, like(peer, name))
+def test_a_peers_blocks_are_of_its_candidates():
+    found = json.loads(peer_blocks.FOUND.read_text())
+    pairs = [(chip, name, peer) for chip, names in found.items() for name, peers in names.items() for peer in peers]
+    assert pairs
+    for chip, name, peer in pairs:
+        assert peer_blocks.best(chip, name, peer) in peer_blocks.candidates(peer, like(peer, name))
+
+
+def test_a_peer_without_blocks_has_a_reason(monkeypatch):
+    monkeypatch.setattr(peer_blocks, "best", lambda *_: {}["nothing"])
+    assert "no blocks of it were searched" in targets._peer("a", "flash", "v5e", 1.0, 1.0)["reason"]
 
 
 def test_a_peer_sees_the_tables_that_are_stored():
@@ -203,7 +208,7 @@ def test_a_peer_sees_the_tables_that_are_stored():
         return pl.pallas_call(kernel, grid_spec=spec, out_shape=x, interpret=pltpu.InterpretParams())(table, x)
 
     original = pl.pallas_call
-    with tpu_peers.storing((np.array([[9, 3], [9, 5]]),)):
+    with tpu_peers.storing(forward=[np.array([[9, 3], [9, 5]])]):
         out = call(jnp.zeros((2, 2), jnp.int32), jnp.ones((16, 128), jnp.int32))
     assert pl.pallas_call is original
     np.testing.assert_array_equal(out[:, 0], [3] * 8 + [5] * 8)
@@ -236,7 +241,7 @@ def test_no_estimate_is_an_error(monkeypatch, capsys, found, error):
 
 def test_memory_bounds_each_kernel_by_itself(monkeypatch, capsys):
     """Decoding is bound by memory and prefill isn't: what one needs doesn't hide in what the other leaves."""
-    estimates = {"paged_attention_decode.1": 100_000, "paged_attention_prefill.1": 400_000, "peer0.1": 2_000_000}
+    estimates = {"paged_attention_decode.1": 100_000, "paged_attention_prefill.1": 400_000, "peer_forward.1": 2_000_000}
 
     def fake_run(chip, build, kwargs, *, only):
         return {"temp_bytes": 7, "cycles": {only: estimates[only]}}
@@ -246,7 +251,8 @@ def test_memory_bounds_each_kernel_by_itself(monkeypatch, capsys):
     assert line["estimate"] == 500
     assert line["cycles"] == 923.6 + 400
     assert line["ratio_to_floor"] == pytest.approx(1323.6 / 1046.5, abs=1e-3)
-    assert line["peers"]["ragged"]["ratio"] == pytest.approx(2000 / 1323.6, abs=1e-3)
+    _, parts = tpu_peers.measured_part("ragged", CASES["h"])
+    assert line["peers"]["ragged"]["ratio"] == pytest.approx(parts * 2000 / 1323.6, abs=1e-3)
     assert line["peers"]["flash"] == {"reason": "reads no pages"}
 
 
