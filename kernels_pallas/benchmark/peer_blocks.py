@@ -22,7 +22,7 @@ FOUND = Path(__file__).with_suffix(".json")
 
 CHIP_LIKE = {"v4": "v5e", "v5p": "v5e", "tpu7x": "v6e"}
 """Chips that were not searched on, by the width of their matrix units."""
-LIKE = {"f16": "f64", "f128": "f64", "fw": "f64", "h-decode": "f64", "d": "a", "g": "a", "h": "a", "h-prefill": "a"}
+LIKE = {"f16": "f64", "f128": "f64", "fw": "f64", "h-decode": "f64", "d": "a", "g": "a", "h-prefill": "a"}
 """For the ragged kernel: cases that take what was found for another."""
 
 
@@ -39,6 +39,8 @@ def best(chip: str, case: str, peer: str) -> list[int]:
 def candidates(peer: str, case: Case) -> list[list[int]]:
     """Splash: rows, keys, keys at a time; flash: rows, keys copied, keys at a time; ragged: keys, rows."""
     if peer == "ragged":
+        if case is CASES["h"]:
+            return [[1024, 16], [1024, 32], [1024, 64]]
         if isinstance(case, Paged) and case.decode_rows:
             return [[512, 8], [1024, 8], [2048, 8], [1024, 16], [1024, 32]]
         return [[512, 64], [1024, 64], [1024, 128]]
@@ -46,7 +48,7 @@ def candidates(peer: str, case: Case) -> list[list[int]]:
         T = -(-case.length // 128) * 128
         if peer == "flash":  # of one step, which v5e's compiler (libtpu 0.0.52) fails on, or of more
             return [[case.length] * 3, [T, T, T], [T, T, 128], [768, 768, 384], [384, 768, 384]]
-        return [[T, T, T], [128, T, T], [384, 768, 768], [384, 768, 384]]
+        return [[T, T, T], [384, 768, 768]]
     if case.backward:
         return [[512, 512, 512], [1024, 1024, 512]]
     if case.length == 1536:

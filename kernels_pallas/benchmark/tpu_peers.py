@@ -175,7 +175,8 @@ def _splash(case: Dense, blocks, peer: str):
         if info is not None
     }
     operands = [jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), kernel)]
-    operands += [array(N, T, H), array(K, T, H), array(K, T, H)]
+    W = -(-H // LANES) * LANES  # in whole lanes: what fills them up is not counted
+    operands += [array(N, T, W), array(K, T, W), array(K, T, W)]
     if segmented:
         operands.append(splash.SegmentIds(array(T, dtype=jnp.int32), array(T, dtype=jnp.int32)))
 
