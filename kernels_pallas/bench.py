@@ -3,6 +3,7 @@
     python -m kernels_pallas.bench --target v5e --case a f64          # TPU: the compiler's estimate, needs `libtpu`
     python -m kernels_pallas.bench --target h100                      # GPU: registers, spills, shared memory
     python -m kernels_pallas.bench --target cpu --case e577           # wall time on this machine
+    python -m kernels_pallas.bench --target gpu                       # wall time on this machine's GPU
     python -m kernels_pallas.bench --write docs/kernels.md            # v5e and v6e, and the GPUs where possible
 
 One line of JSON a case goes to standard output; all is in the order of the cases. On a TPU, ``estimate`` is the
@@ -57,8 +58,8 @@ def lines(wanted: Iterable[tuple[str, str]], *, measure: Measure, **options: Any
         return {"case": case, "target": target, "op": CASES[case].op, "error": said}
 
     wanted = list(wanted)
-    # On the CPU nothing else may run.
-    workers = 1 if any(target == "cpu" for _, target in wanted) else WORKERS
+    # Where time is taken nothing else may run.
+    workers = 1 if any(target in targets.HERE for _, target in wanted) else WORKERS
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         yield from pool.map(one, *zip(*wanted, strict=True))
 
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None, measure: Measure = targets.measure)
     what.add_argument("--write", type=Path, metavar="FILE", help="rewrite the tables between the marks in FILE")
     parser.add_argument("--case", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure peers too")
-    parser.add_argument("--seconds", type=float, default=5, help="on cpu: time for each case")
+    parser.add_argument("--seconds", type=float, default=5, help="on cpu and gpu: time for each case")
     parser.add_argument("--lines", nargs="+", type=Path, metavar="FILE", help="with --write: lines measured before")
     options = parser.parse_args(arguments)
     if options.target is not None:
@@ -114,5 +115,6 @@ def _write(path: Path, measured: list[Path] | None, measure: Measure) -> list[di
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # compilers work in processes of their own
+    if "gpu" not in sys.argv:
+        jax.config.update("jax_platforms", "cpu")  # compilers work in processes of their own
     sys.exit(main())

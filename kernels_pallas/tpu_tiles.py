@@ -69,7 +69,8 @@ class Problem(NamedTuple):
       heads, kv_heads: query and key heads of a program.
       head_dim: as stored; a multiple of `LANES` where ``flat``.
       flat: whether rows stand in sublanes and heads in lanes, or the other way round.
-      sole: number of keys where one block holds them all, so that nothing is carried from block to block; else None.
+      sole: number of keys where one block holds them all, so that nothing is carried from block to block and a block's
+        output is written at once; else None. Across only.
     """
 
     blocks: Blocks
@@ -179,7 +180,6 @@ class Across:
         """Rows' new maxima, and the factor on what they had."""
         top = jnp.max(functools.reduce(jnp.maximum, tops), axis=0, keepdims=True)
         if self.p.sole is not None:
-            self.r.maximum[h, :, rows] = top
             return top, None
         old = self.r.maximum[h, :, rows]
         new = jnp.maximum(old, top)
@@ -195,26 +195,38 @@ class Across:
 
     def add(self, rows, h, decay, total, values):
         """Take a block's sums and values in."""
-        if self.p.sole is not None:
-            self.r.total[h, :, rows], self.r.values[h, :, rows] = total, values
-            return
         self.r.total[h, :, rows] = _decayed(self.r.total[h, :, rows], decay) + total
         self.r.values[h, :, rows] = _decayed(self.r.values[h, :, rows], decay) + values
 
     def finish(self, piece, rows, h):
         """Write a head's output, and leave its maxima as the next program wants them."""
-        start, stop = self.limits(piece)
-        occupied = stop > start
-        total = jnp.sum(self.r.total[h, :, rows], axis=0, keepdims=True)
-        out = jnp.where(occupied, self.r.values[h, :, rows] * _reciprocal(total, self.r.out.dtype), 0)
+        state = self.r.maximum[h, :, rows], self.r.total[h, :, rows], self.r.values[h, :, rows]
+        self.write(self.limits(piece), rows, h, *state)
+        self.r.maximum[h, :, rows] = jnp.full((1, rows.size), LOWEST)
+
+    def write(self, limits, rows, h, maximum, total, values):
+        """Write a head's output; without ``limits`` every row sees something."""
+        total = jnp.sum(total, axis=0, keepdims=True)
+        out = values * _reciprocal(total, self.r.out.dtype)
+        lse = (maximum + jnp.log2(total)) * math.log(2)
+        if limits is not None:
+            start, stop = limits
+            out, lse = jnp.where(stop > start, out, 0), jnp.where(stop > start, lse, -jnp.inf)
         if self.p.flat:
             self.r.out[rows, self._head(h)] = out.T.astype(self.r.out.dtype)
         else:
             self.r.out[self._head(h), rows] = out.astype(self.r.out.dtype)
         if self.r.lse is not None:
-            lse = (self.r.maximum[h, :, rows] + jnp.log2(total)) * math.log(2)
-            self.r.lse[h : h + 1, rows] = jnp.where(occupied, lse, -jnp.inf)
-        self.r.maximum[h, :, rows] = jnp.full((1, rows.size), LOWEST)
+            self.r.lse[h : h + 1, rows] = lse
+
+    def write_nothing(self, rows):
+        """Write the output of rows that see nothing."""
+        if self.p.flat:
+            self.r.out[rows, :] = jnp.zeros((rows.size, self.r.out.shape[1]), self.r.out.dtype)
+        else:
+            self.r.out[:, rows] = jnp.zeros((self.r.out.shape[0], rows.size), self.r.out.dtype)
+        if self.r.lse is not None:
+            self.r.lse[:, rows] = jnp.full((self.p.heads, rows.size), -jnp.inf)
 
 
 class Down:
@@ -268,10 +280,6 @@ class Down:
     def settle(self, tops, rows, h):
         """Rows' new maxima, and the factor on what they had."""
         top = jnp.max(functools.reduce(jnp.maximum, tops), axis=1, keepdims=True)
-        if self.p.sole is not None:
-            top = jnp.broadcast_to(top, (top.shape[0], LANES))
-            self.r.maximum[h, rows] = top
-            return top, None
         old = self.r.maximum[h, rows]
         new = jnp.maximum(old, top)
         self.r.maximum[h, rows] = new
@@ -285,9 +293,6 @@ class Down:
 
     def add(self, rows, h, decay, total, values):
         """Take a block's sums and values in."""
-        if self.p.sole is not None:
-            self.r.total[h, rows], self.r.values[h, rows] = total, values
-            return
         self.r.total[h, rows] = _decayed(self.r.total[h, rows], decay) + total
         self.r.values[h, rows] = _decayed(self.r.values[h, rows], self._wide(decay, self.p.head_dim)) + values
 
@@ -319,36 +324,39 @@ def visit(arrangement, problem: Problem, base, first_key, num_keys: int, chains,
 
     ``base`` is the first key in VMEM.
     """
-    step, count = problem.blocks.step, num_keys // problem.blocks.step
+    spans = [(at, min(problem.blocks.step, num_keys - at)) for at in range(0, num_keys, problem.blocks.step)]
     num_rows = chains[0][0].size
     limits = None if piece is None else arrangement.limits(piece)
 
-    def keys(n):
+    def keys(at, count):
         if problem.sole is not None:  # known to the compiler, so that lengths need no alignment
-            return pl.ds(n * step, step)
-        return pl.ds(pl.multiple_of(first_key - base + n * step, step), step)
+            return pl.ds(at, count)
+        return pl.ds(pl.multiple_of(first_key - base + at, problem.blocks.step), count)
 
-    def score(chain, n):
-        tile = arrangement.scores(*chains[chain], keys(n))
+    def score(chain, at, count):
+        tile = arrangement.scores(*chains[chain], keys(at, count))
         if problem.soft_cap is not None:
             tile = jnp.tanh(tile) * (problem.soft_cap * math.log2(math.e))
         if limits is not None:
-            tile = arrangement.masked(tile, first_key + n * step, limits)
-        elif problem.sole is not None and (n + 1) * step > problem.sole:
-            tile = arrangement.masked(tile, n * step, (0, problem.sole))  # padding
-        return arrangement.put(chain % 2, n * step, step, tile)
+            tile = arrangement.masked(tile, first_key + at, limits)
+        elif problem.sole is not None and at + count > problem.sole:
+            tile = arrangement.masked(tile, at, (0, problem.sole))  # padding
+        return arrangement.put(chain % 2, at, count, tile)
 
-    tops = [score(0, n) for n in range(count)]
+    tops = [score(0, *span) for span in spans]
     for chain, (rows, head) in enumerate(chains):
         maximum, decay = arrangement.settle(tops, rows, head)
         tops, parts = [], []
-        for n in range(count):
+        for at, count in spans:
             if chain + 1 < len(chains):
-                tops.append(score(chain + 1, n))
-            tile = arrangement.take(chain % 2, n * step, step, num_rows)
-            parts.append(arrangement.weigh(tile, maximum, keys(n), head))
+                tops.append(score(chain + 1, at, count))
+            tile = arrangement.take(chain % 2, at, count, num_rows)
+            parts.append(arrangement.weigh(tile, maximum, keys(at, count), head))
         total, values = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
-        arrangement.add(rows, head, decay, total, values)
+        if problem.sole is None:
+            arrangement.add(rows, head, decay, total, values)
+        else:
+            arrangement.write(limits, rows, head, maximum, total, values)
 
 
 def scratch_shapes(problem: Problem) -> list:

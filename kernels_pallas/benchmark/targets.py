@@ -1,5 +1,5 @@
 """What a target says about a case: the compiler's estimate for a TPU, what the machine code of a GPU needs, and wall
-time on this machine's CPU.
+time on this machine's CPU or GPU.
 
 All give a dict for one line of JSON. Cycles are in thousands, times in milliseconds.
 """
@@ -10,14 +10,16 @@ All give a dict for one line of JSON. Cycles are in thousands, times in millisec
 from collections.abc import Sequence
 from typing import Any
 
-from kernels_pallas.benchmark import cpu, peer_blocks, tpu_ours, tpu_peers
+from kernels_pallas.benchmark import cpu, peer_blocks, this_gpu, tpu_ours, tpu_peers
 from kernels_pallas.benchmark.cases import CASES, Dense, Paged
 from kernels_pallas.compile_only import gpu, tpu
 
-__all__ = ["TARGETS", "CannotMeasure", "floors", "measure"]
+__all__ = ["HERE", "TARGETS", "CannotMeasure", "floors", "measure"]
 
 TPUS = ("v5e", "v6e", "v4", "v5p", "tpu7x")
-TARGETS = (*TPUS, *gpu.CARDS, "cpu")
+HERE = {"cpu": cpu.report, "gpu": this_gpu.report}
+"""Targets that are this machine's own: a case runs, and what it took is told."""
+TARGETS = (*TPUS, *gpu.CARDS, *HERE)
 
 
 class CannotMeasure(RuntimeError):
@@ -25,15 +27,15 @@ class CannotMeasure(RuntimeError):
 
 
 def measure(name: str, target: str, *, peers: bool = True, seconds: float = 5) -> dict[str, Any]:
-    """One line about a case of `CASES` on a target of `TARGETS`; ``seconds`` are for timing on a CPU.
+    """One line about a case of `CASES` on a target of `TARGETS`; ``seconds`` are for timing on this machine.
 
     Raises:
       CannotMeasure: with what the compiler said last.
     """
     case = CASES[name]
     line = {"case": name, "target": target, "op": case.op}
-    if target == "cpu":
-        return line | cpu.report(case, peers=peers, seconds=seconds)
+    if target in HERE:
+        return line | HERE[target](case, peers=peers, seconds=seconds)
     return line | (_on_gpu(case, target) if target in gpu.CARDS else _on_tpu(name, target, peers))
 
 

@@ -43,9 +43,11 @@ def _kernel(first, last, free_first, free_last, *refs, problem: Problem, chunk_s
     if measured is not None:
         _store(measured, (first, last, free_first, free_last))
 
-    @pl.when((i == 0) & (chunk == 0))
-    def _():
-        r.maximum[...] = jnp.full_like(r.maximum, LOWEST)  # `finish` leaves it so, and the rest is as good as cleared
+    if problem.sole is None:
+
+        @pl.when((i == 0) & (chunk == 0))
+        def _():
+            r.maximum[...] = jnp.full_like(r.maximum, LOWEST)  # `finish` leaves it so; the rest is as good as cleared
 
     @pl.when(chunk == 0)
     def _():
@@ -87,7 +89,15 @@ def _kernel(first, last, free_first, free_last, *refs, problem: Problem, chunk_s
 
         jax.lax.fori_loop(0, left + right, edge_block, None)
 
+        if problem.sole is not None:
+
+            @pl.when(count + left == 0)
+            def _():
+                arrangement.write_nothing(rows)
+
     jax.lax.fori_loop(0, pieces, edge_piece, None)
+    if problem.sole is not None:
+        return
 
     @pl.when(chunk == num_chunks - 1)
     def _():
@@ -152,7 +162,7 @@ def forward_kernel(
     chunk = _chunk(S, blocks)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     problem = Problem(
-        blocks, heads, kv_heads, head_dim, flat, soft_cap, precision, num_keys if blocks.keys == S else None
+        blocks, heads, kv_heads, head_dim, flat, soft_cap, precision, num_keys if blocks.across and blocks.keys == blocks.edge_keys == S else None
     )
     N, bq, edge = K * groups, blocks.owned, blocks.edge_rows
     programs = T // bq
@@ -189,24 +199,6 @@ def forward_kernel(
     if with_lse:
         out_specs.append(pl.BlockSpec((None, None, heads, bq), lambda b, n, i, c, *_: (b, n, 0, i)))
         out_shape.append(jax.ShapeDtypeStruct((B, N // heads, heads, T), jnp.float32))
-    scratch = scratch_shapes(problem)
-    if blocks.across:
-        split, interval = (B, T // edge, 1, edge), (None, bq // edge, 1, edge)
-        interval = pl.BlockSpec(interval, lambda b, n, i, c, *_: (b, i, 0, 0))
-    else:
-        split, interval = (B, T, 1), pl.BlockSpec((None, bq, 1), lambda b, n, i, c, *_: (b, i, 0))
-    out_specs, out_shape = [q_spec], [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    if with_lse:
-        out_specs.append(pl.BlockSpec((None, None, heads, bq), lambda b, n, i, c, *_: (b, n, 0, i)))
-        out_shape.append(jax.ShapeDtypeStruct((B, N // heads, heads, T), jnp.float32))
-    f32 = jnp.float32
-    if blocks.across:
-        state = [(heads, 1, bq), (heads, 8, bq), (heads, head_dim, bq), (2, blocks.keys, blocks.rows)]
-    else:
-        state = [(heads, bq, LANES), (heads, bq, LANES), (heads, bq, head_dim), (2, blocks.rows, blocks.keys)]
-    scratch = [pltpu.VMEM(shape, f32) for shape in state]
-    if not blocks.across:
-        scratch.append(pltpu.VMEM((2, bq, LANES), jnp.int32))
     out = pl.pallas_call(
         functools.partial(_kernel, problem=problem, chunk_size=chunk, with_lse=with_lse, measured=measured),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -214,7 +206,7 @@ def forward_kernel(
             grid=(B, N // heads, programs, S // chunk),
             in_specs=[interval, interval, q_spec, k_spec, v_spec],
             out_specs=out_specs,
-            scratch_shapes=scratch,
+            scratch_shapes=scratch_shapes(problem),
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(

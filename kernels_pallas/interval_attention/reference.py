@@ -18,13 +18,13 @@ def interval_attention(q, k, v, kv_start, kv_stop, *, scale, soft_cap=None):
     q = jnp.where(occupied, q, jnp.zeros((), q.dtype))
     k, v = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (k, v))
     k, v = (jnp.repeat(x, groups, axis=2).astype(jnp.float32) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k) * scale
+    scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k, precision="highest") * scale
     if soft_cap is not None:
         scores = jnp.tanh(scores / soft_cap) * soft_cap
     visible = visible[:, None]
     occupied = visible.any(axis=-1, keepdims=True)
     scores = jnp.where(visible, scores, jnp.where(occupied, -jnp.inf, 0.0))
     weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)  # an empty row gives zeros
-    out = jnp.einsum("bnts,bsnh->btnh", weights, v).astype(q.dtype)
+    out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest").astype(q.dtype)
     lse = jnp.where(occupied[..., 0], jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
     return out, lse.transpose(0, 2, 1)

@@ -16,6 +16,7 @@ from kernels_pallas.online_softmax import (
     finish,
     init_state,
     log_total,
+    product,
     scores,
     seen_keys,
     update,
@@ -181,13 +182,13 @@ def _tile_gradients(blocks, q, d_out, log_sum, delta, start, stop, k, v, j):
     q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
     raw = scores(q, k, scale=blocks.scale, soft_cap=blocks.soft_cap)
     weights = jnp.exp(jnp.where(seen[:, None, None], raw, LOWEST) - log_sum[..., None])
-    d_weights = jnp.einsum("bkgth,bksh->bkgts", d_out, v)
+    d_weights = product("bkgth,bksh->bkgts", d_out, v)
     d_scores = weights * (d_weights - delta[..., None]) * jnp.float32(blocks.scale)
     if blocks.soft_cap is not None:
         d_scores = d_scores * (1 - jnp.square(raw / jnp.float32(blocks.soft_cap)))
-    dq = jnp.einsum("bkgts,bksh->bkgth", d_scores, k)
-    dk = jnp.einsum("bkgth,bkgts->bkhs", q, d_scores)
-    dv = jnp.einsum("bkgth,bkgts->bkhs", d_out, weights)
+    dq = product("bkgts,bksh->bkgth", d_scores, k)
+    dk = product("bkgth,bkgts->bkhs", q, d_scores)
+    dv = product("bkgth,bkgts->bkhs", d_out, weights)
     return dq, dk, dv
 
 

@@ -1,8 +1,14 @@
 """Random attention problems, and NumPy oracles that build every mask in full."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
+
+ON_GPU = jax.default_backend() == "gpu"
+"""Whether this machine's GPU runs the GPU's kernels (``JAX_PLATFORMS=cuda``); elsewhere they run as plain JAX."""
+COMPILE_FAST = {} if ON_GPU else {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for programs that run once or a few times on little data: nearly all time goes to XLA."""
 
 EDGES = ("random", "causal", "windows", "packed", "empty")
 

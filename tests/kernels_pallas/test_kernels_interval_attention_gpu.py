@@ -1,4 +1,4 @@
-"""The GPU kernels of dense attention, as plain jax on the CPU, against the reference."""
+"""The GPU kernels of dense attention against the reference: on a GPU where there is one, else as plain JAX."""
 
 import functools
 
@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from kernels_cases import COMPILE_FAST, ON_GPU
 
 from kernels_pallas import interval_attention, intervals
 from kernels_pallas.interval_attention import pallas_gpu
 
 SMALL = pallas_gpu.Blocks(rows=16, keys=16, warps=4, stages=1)
 """Many blocks in short sequences."""
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The kernels run once or a few times on little data: nearly all time goes to XLA."""
 
 
 def _normal(seed, shape, dtype):
@@ -30,7 +29,7 @@ def _mask(mask: intervals.RowIntervals, batch=1):
 @functools.partial(jax.jit, static_argnames=("soft_cap", "scale", "blocks"), compiler_options=COMPILE_FAST)
 def _kernels(q, k, v, start, stop, d_out, d_lse, *, scale, soft_cap, blocks):
     """Output, log-sums and gradients by q, k and v."""
-    arguments = {"scale": scale, "soft_cap": soft_cap, "interpret": True}
+    arguments = {"scale": scale, "soft_cap": soft_cap, "interpret": not ON_GPU}
     out, lse = pallas_gpu.forward(q, k, v, start, stop, blocks=blocks, **arguments)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     gradients = pallas_gpu.backward(q, k, v, start, stop, lse, delta, d_out, d_query=blocks, d_key=blocks, **arguments)
@@ -40,7 +39,7 @@ def _kernels(q, k, v, start, stop, d_out, d_lse, *, scale, soft_cap, blocks):
 def _log_sums(q, k, start, stop, *, scale, soft_cap):
     """Log-sums of the reference, ``[B, T, N]``; 0 for a row that sees no key."""
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    scores = jnp.einsum("btnh,bsnh->btns", q, k) * scale
+    scores = jnp.einsum("btnh,bsnh->btns", q, k, precision="highest") * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, None]

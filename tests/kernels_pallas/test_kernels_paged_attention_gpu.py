@@ -1,4 +1,4 @@
-"""The GPU's paged kernels in interpret mode, against the dense oracle a request."""
+"""The GPU's paged kernels against the dense oracle a request: on a GPU where there is one, else as plain JAX."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_cases import COMPILE_FAST, ON_GPU
 
 from kernels_pallas import interval_attention, intervals
 from kernels_pallas.intervals import RowIntervals
@@ -18,17 +19,15 @@ from kernels_pallas.paged_attention import pallas_gpu
 
 TILE_ROWS = 16
 
-# Compiling is what these tests spend their time on.
-FAST = {"xla_backend_optimization_level": 0}
 paged_attention = jax.jit(
     pallas_gpu.paged_attention,
     static_argnames=("decode_rows", "scale", "soft_cap", "interpret", "cores"),
-    compiler_options=FAST,
+    compiler_options=COMPILE_FAST,
 )
 oracle = jax.jit(
     partial(interval_attention, implementation="reference"),
     static_argnames=("scale", "soft_cap"),
-    compiler_options=FAST,
+    compiler_options=COMPILE_FAST,
 )
 
 
@@ -148,7 +147,14 @@ def run(batch, *, dtype="float32", soft_cap=None, cores=1):
     tables = (jnp.asarray(x) for x in (batch.tables, batch.tiles, batch.start, batch.stop))
     scale = batch.q.shape[-1] ** -0.5
     out = paged_attention(
-        q, pages, *tables, decode_rows=batch.decode_rows, scale=scale, soft_cap=soft_cap, interpret=True, cores=cores
+        q,
+        pages,
+        *tables,
+        decode_rows=batch.decode_rows,
+        scale=scale,
+        soft_cap=soft_cap,
+        interpret=not ON_GPU,
+        cores=cores,
     )
     assert out.dtype == dtype
     return np.asarray(out, np.float32)
@@ -268,7 +274,7 @@ def test_only_empty_rows():
     batch = make([decode(0), chunk(4, 0), chunk(8, 3)], num_heads=2, num_kv_heads=1, head_dim=16, page_size=8)
     out = paged_attention(
         jnp.asarray(batch.q), jnp.asarray(batch.pages), jnp.asarray(batch.tables), jnp.asarray(batch.tiles),
-        jnp.full_like(batch.start, 3), jnp.full_like(batch.stop, 3), decode_rows=1, scale=1.0, interpret=True,
+        jnp.full_like(batch.start, 3), jnp.full_like(batch.stop, 3), decode_rows=1, scale=1.0, interpret=not ON_GPU,
     )  # fmt: skip
     chex.assert_trees_all_close(np.asarray(out), np.zeros_like(batch.out), rtol=0, atol=0)
 
@@ -289,3 +295,19 @@ def test_what_it_can_not_do(q_dtype, pages_dtype, page_size, message):
     q, pages = jnp.zeros((1, 2, 16), q_dtype), jnp.zeros((2, 2, page_size, 32), pages_dtype)
     with pytest.raises(NotImplementedError, match=message):
         pallas_gpu.paged_attention(q, pages, row[None], row, row, row + 1, decode_rows=1, scale=1.0, interpret=True)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: 5 GB of pages whose places pass 2**31")
+def test_pages_of_more_than_2_31_numbers():
+    num_pages = 20_000  # of 131,072 numbers
+    rng = np.random.default_rng(0)
+    rows = [_round(rng.standard_normal((8, 64, 128)), "bfloat16") for _ in range(2)]
+    page = jnp.asarray(np.concatenate(rows, axis=-1), jnp.bfloat16)
+    pages = jnp.zeros((num_pages, 8, 64, 256), jnp.bfloat16).at[num_pages - 1].set(page)
+    q = jnp.asarray(rng.standard_normal((17, 8, 128)), jnp.bfloat16)
+    ints = (jnp.asarray(x, jnp.int32) for x in ([[num_pages - 1]], [0, 0], [0] * 17, [64] * 17))
+    out = paged_attention(q, pages, *ints, decode_rows=1, scale=0.1, interpret=False)
+    k, v = (jnp.asarray(x.transpose(1, 0, 2))[None] for x in rows)
+    start = jnp.zeros((1, 17), jnp.int32)
+    wanted = oracle(q[None].astype(jnp.float32), k, v, start, start + 64, scale=0.1)[0]
+    chex.assert_trees_all_close(np.asarray(out, np.float32), np.asarray(wanted), rtol=2e-2, atol=2e-2)
