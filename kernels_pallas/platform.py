@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-__all__ = ["default", "refuse_interpret", "select", "tpu_reciprocal"]
+__all__ = ["HOPPER", "capability", "default", "refuse_interpret", "select", "tpu_reciprocal"]
 
 FALLBACK = "xla"
 """Serves every platform."""
 LEAST_CAPABILITY = 8
 """CUDA compute capability (its major number) from which the GPU kernels serve; T4 has 7.5."""
+HOPPER = 9
+"""The major number from which a warp group multiplies 64 rows at a time: H100, H200 and later."""
 
 
 def default() -> str:
@@ -20,11 +22,18 @@ def default() -> str:
     backend = jax.default_backend()
     if backend == "tpu":
         return "pallas_tpu"
-    if backend in ("gpu", "cuda"):
-        major = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]  # "gfx90a" on ROCm
-        if major.isdecimal() and int(major) >= LEAST_CAPABILITY:
-            return "pallas_gpu"
+    if backend in ("gpu", "cuda") and (capability() or 0) >= LEAST_CAPABILITY:
+        return "pallas_gpu"
     return FALLBACK
+
+
+def capability() -> int | None:
+    """Major CUDA compute capability of the device that JAX uses by default; None where it is no NVIDIA GPU."""
+    device = jax.config.jax_default_device
+    if not isinstance(device, jax.Device):  # none is set, or a platform's name
+        device = jax.local_devices()[0]
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "gfx90a" on ROCm
+    return int(major) if major.isdecimal() else None
 
 
 def select(name: str | None, implementations: Mapping[str, Callable]) -> Callable:
