@@ -1,4 +1,4 @@
-"""Measures the kernels on a target, and writes the table of docs/kernels.md.
+"""Measures the kernels on a target, and writes the tables of docs/kernels.md.
 
     python -m kernels_pallas.bench --target v5e --case a f64          # TPU: the compiler's estimate, needs `libtpu`
     python -m kernels_pallas.bench --target h100                      # GPU: registers, spills, shared memory
@@ -6,7 +6,8 @@
     python -m kernels_pallas.bench --target gpu                       # wall time on this machine's GPU
     python -m kernels_pallas.bench --write docs/kernels.md            # v5e and v6e, and the GPUs where possible
 
-One line of JSON a case goes to standard output; all is in the order of the cases. On a TPU, ``estimate`` is the
+The table of times on a GPU is written from lines of ``--target gpu`` that ``--lines`` names. One line of JSON a case
+goes to standard output; all is in the order of the cases. On a TPU, ``estimate`` is the
 compiler's, in thousands of cycles, of the kernels alone; ``floors`` are what the matrix units and main memory need
 for what is seen; ``cycles`` is the estimate, or memory's floor where that is more (kernel by kernel, where a case has
 two), since the compiler's model takes memory for faster than it is. The estimate is made of a part
@@ -31,7 +32,7 @@ import jax
 
 from kernels_pallas.benchmark import targets
 from kernels_pallas.benchmark.cases import CASES
-from kernels_pallas.benchmark.tables import gpu_table, replace_between, tpu_table
+from kernels_pallas.benchmark.tables import gpu_table, measured_table, replace_between, tpu_table
 from kernels_pallas.compile_only import gpu
 
 __all__ = ["lines", "main"]
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None, measure: Measure = targets.measure)
 
 def _write(path: Path, measured: list[Path] | None, measure: Measure) -> list[dict[str, Any]]:
     text = path.read_text()
-    for name in ("tpu", "gpu"):
+    for name in ("tpu", "gpu", "measured"):
         replace_between(text, name, "")  # before an hour of compiling: are the marks there?
     if measured:
         found = [json.loads(line) for file in measured for line in file.read_text().splitlines()]
@@ -106,7 +107,8 @@ def _write(path: Path, measured: list[Path] | None, measure: Measure) -> list[di
         for line in lines(wanted, measure=measure):
             print(json.dumps(line), flush=True)
             found.append(line)
-    for name, make, those in (("tpu", tpu_table, targets.TPUS), ("gpu", gpu_table, gpu.CARDS)):
+    tables = ("tpu", tpu_table, targets.TPUS), ("gpu", gpu_table, gpu.CARDS), ("measured", measured_table, ("gpu",))
+    for name, make, those in tables:
         some = [line for line in found if line["target"] in those]
         if some:
             text = replace_between(text, name, make(some))

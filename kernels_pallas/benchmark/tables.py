@@ -6,7 +6,7 @@ from typing import Any
 from kernels_pallas.benchmark.cases import CASES
 from kernels_pallas.benchmark.tpu_peers import PEERS
 
-__all__ = ["gpu_table", "replace_between", "tpu_table"]
+__all__ = ["gpu_table", "measured_table", "replace_between", "tpu_table"]
 
 
 def replace_between(text: str, name: str, new: str) -> str:
@@ -57,6 +57,21 @@ def gpu_table(lines: Iterable[dict[str, Any]]) -> str:
             sizes = kernel["registers"], kernel["spill_bytes"], kernel["shared_memory_bytes"]
             rows.append([about, line["target"], f"`{kernel['name']}`", *map(str, sizes)])
     return _markdown(head, rows)
+
+
+def measured_table(lines: Iterable[dict[str, Any]]) -> str:
+    """Case by peer on a GPU that ran it: milliseconds, and how many times longer each peer took."""
+    lines = [line for line in _in_order(lines) if "wall" in line]
+    peers = list(dict.fromkeys(peer for line in lines for peer in line.get("peers", {})))
+    rows = []
+    for line in lines:
+        about = f"{line['case']}: {CASES[line['case']].about}"
+        told = [line.get("peers", {}).get(peer, {}) for peer in peers]
+        ratios = [f"{x['wall']:.3f} ({x['ratio']:.2f}x)" if "wall" in x else "-" for x in told]
+        rows.append(
+            [about, line["device"], f"{line['wall']:.3f}", f"{line['tflops']} / {line['gb_per_s']:.0f}", *ratios]
+        )
+    return _markdown(["case", "card", "ms", "TFLOP/s / GB/s", *peers], rows)
 
 
 def _in_order(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from kernels_pallas.benchmark import cpu, peer_blocks, this_gpu, tpu_ours, tpu_p
 from kernels_pallas.benchmark.cases import CASES, Dense, Paged
 from kernels_pallas.compile_only import gpu, tpu
 
-__all__ = ["HERE", "TARGETS", "CannotMeasure", "floors", "measure"]
+__all__ = ["HERE", "TARGETS", "TPUS", "CannotMeasure", "floors", "measure"]
 
 TPUS = ("v5e", "v6e", "v4", "v5p", "tpu7x")
 HERE = {"cpu": cpu.report, "gpu": this_gpu.report}

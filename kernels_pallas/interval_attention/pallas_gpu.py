@@ -69,15 +69,16 @@ spills no register on any. Tried and dropped for spills on A100: (128, 64, 4, 3)
 """
 
 BLOCKS_HOPPER = BLOCKS | {
-    (64, 2): KernelBlocks(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    (64, 2): KernelBlocks(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     (96, 2): KernelBlocks(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
     (128, 2): KernelBlocks(Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    (256, 2): KernelBlocks(Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    (256, 2): KernelBlocks(Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 1), Blocks(64, 32, 8, 2)),
 }
-"""The same from Hopper on: the fastest of 6 to 12 candidates each, timed on an H200 with jax 0.11.2.
+"""The same from Hopper on: the fastest of 5 to 12 candidates each, timed on an H200 with jax 0.11.2.
 
 What counts is 64 rows for each four warps, a warp group's product: 64 rows with eight warps took 1.9 to 2.2 times as
-long. Forward at 128: (64, 64, 4, 3) took 1.10 times as long, (128, 64, 8, 3) 1.04, (128, 64, 8, 2) 1.20.
+long. Forward at 128: (64, 64, 4, 3) took 1.10 times as long, (128, 64, 8, 3) 1.04, (128, 64, 8, 2) 1.20. By query at 256
+the fastest spills 1.3 kB; what spills nothing, (64, 32, 8, 2), took 1.7 times as long.
 """
 
 
@@ -131,7 +132,7 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, with_lse=
         compiler_params=_params(problem.blocks),
         interpret=interpret,
         name="interval_attention_forward",
-    )(q, k, v, kv_start, kv_stop, _used_keys(kv_start, kv_stop, problem.num_keys, interpret))
+    )(q, k, v, kv_start, kv_stop, _used_keys(kv_start, kv_stop, problem.num_keys))
     return out, lse if with_lse else None
 
 
@@ -310,38 +311,17 @@ def _seen(start, stop, used_ref, at, size: int, num_keys: int):
     return seen, _load_rows(used_ref, at, size, keys_at < num_keys) > 0
 
 
-def _used_keys(kv_start, kv_stop, num_keys: int, interpret):
+def _used_keys(kv_start, kv_stop, num_keys: int):
     """1 for a key that any row sees, else 0, int32 ``[B, S]``.
 
     Others may hold NaN, and 0 * NaN is NaN. To find them in the kernels that need this costs them 50 to 100 registers.
+    Intervals that begin less those that have ended: rows [0, 2) and [1, 4) of 5 keys count 1 2 1 1 0.
     """
-    rows, keys = min(128, _power_of_2(kv_start.shape[1])), 16
-    whole = pl.BlockSpec((None, kv_start.shape[1]), lambda j, b: (b, 0))
-    return pl.pallas_call(
-        partial(_used_keys_kernel, kv_start.shape[1], num_keys, rows),
-        grid=(pl.cdiv(num_keys, keys), kv_start.shape[0]),
-        in_specs=[whole, whole],
-        out_specs=pl.BlockSpec((None, keys), lambda j, b: (b, j)),
-        out_shape=jax.ShapeDtypeStruct((kv_start.shape[0], num_keys), jnp.int32),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="interval_attention_used_keys",
-    )(kv_start, kv_stop)
-
-
-def _used_keys_kernel(num_rows, num_keys, rows, start_ref, stop_ref, used_ref):
-    (keys,) = used_ref.shape
-    keys_at = pl.program_id(0) * keys + _range(keys)
-
-    def body(i, used):
-        inside = i * rows + _range(rows) < num_rows
-        start = _load_rows(start_ref, i * rows, rows, inside)
-        stop = _load_rows(stop_ref, i * rows, rows, inside)
-        seen = (start[:, None] <= keys_at[None, :]) & (keys_at[None, :] < stop[:, None])
-        return jnp.maximum(used, jnp.max(seen.astype(jnp.int32), axis=0))
-
-    used = lax.fori_loop(jnp.int32(0), jnp.int32(pl.cdiv(num_rows, rows)), body, jnp.zeros((keys,), jnp.int32))
-    _store_rows(used_ref, used, keys, keys_at < num_keys)
+    occupied = kv_stop > kv_start
+    start, stop = (jnp.where(occupied, jnp.clip(x, 0, num_keys), num_keys) for x in (kv_start, kv_stop))
+    batch = _range(kv_start.shape[0])[:, None]
+    change = jnp.zeros((kv_start.shape[0], num_keys + 1), jnp.int32).at[batch, start].add(1).at[batch, stop].add(-1)
+    return (jnp.cumsum(change, axis=1)[:, :num_keys] > 0).astype(jnp.int32)
 
 
 def _head_rows(problem: _Problem, place):
@@ -438,7 +418,7 @@ def _d_query(problem, operands, interpret):
         compiler_params=_params(problem.blocks),
         interpret=interpret,
         name="interval_attention_d_query",
-    )(*operands, _used_keys(*operands[3:5], problem.num_keys, interpret))
+    )(*operands, _used_keys(*operands[3:5], problem.num_keys))
 
 
 def _d_query_kernel(problem, q_ref, k_ref, v_ref, start_ref, stop_ref, lse_ref, delta_ref, d_out_ref, used_ref, dq_ref):

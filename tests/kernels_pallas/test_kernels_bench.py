@@ -1,5 +1,6 @@
 """`python -m kernels_pallas.bench`: floors, lines of JSON, exit status, and the tables that it writes."""
 
+import importlib
 import importlib.util
 import json
 
@@ -11,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import bench
-from kernels_pallas.benchmark import peer_blocks, targets, tpu_peers
+from kernels_pallas.benchmark import peer_blocks, targets, this_gpu, tpu_peers
 from kernels_pallas.benchmark.cases import CASES, Dense, Paged, Write
 from kernels_pallas.benchmark.tables import replace_between
 from kernels_pallas.compile_only import gpu, tpu
@@ -30,6 +31,8 @@ PAGE = """text before
 old rows
 <!-- tpu table: end -->
 between
+<!-- measured table: begin -->
+<!-- measured table: end -->
 <!-- gpu table: begin -->
 cards as they were
 <!-- gpu table: end -->
@@ -164,15 +167,66 @@ def test_write(tmp_path, capsys, monkeypatch):
     assert [x for x in text.splitlines() if x.startswith("| case")] == [
         "| case | chip | cycles | floor: MXU / HBM | to floor | splash |"
     ]
-    assert "between\n<!-- gpu table: begin -->\ncards as they were\n<!-- gpu table: end -->\ntext after\n" in text
+    assert "\n<!-- gpu table: begin -->\ncards as they were\n<!-- gpu table: end -->\ntext after\n" in text
 
     # The same table from lines that were kept, and the cards beside it.
     kept = tmp_path / "lines"
     cards = json.dumps(fake("a", "l4"))
-    kept.write_text(captured.out + cards + "\n")
+    peers = {"cudnn": {"wall": 0.1, "ratio": 0.5}, "xla": {"reason": "can't"}}
+    numbers = {"wall": 0.2, "tflops": 300.1, "gb_per_s": 99.7, "device": "NVIDIA H200", "peers": peers}
+    measured = json.dumps({"case": "a", "target": "gpu"} | numbers)
+    kept.write_text("\n".join([captured.out, cards, measured]).replace("\n\n", "\n"))
     assert bench.main(["--write", str(page), "--lines", str(kept)]) == 1
     assert f"| a: {about} | l4 | `k` | 99 | 0 | 1234 |" in page.read_text()
+    assert f"| a: {about} | NVIDIA H200 | 0.200 | 300.1 / 100 | 0.100 (0.50x) | - |" in page.read_text()
     assert page.read_text().split("between")[0] == text.split("between")[0]
+
+
+GPU_SIZES = dict(about="", length=64, num_heads=4, num_kv_heads=2, head_dim=16)
+ON_A_GPU = [
+    *(Dense(mask=mask, **GPU_SIZES) for mask in ("causal", "full", "prefix", "window and spans")),
+    Dense(mask="packed", **GPU_SIZES | {"length": 1024, "num_heads": 1, "num_kv_heads": 1}),
+    Dense(mask="causal", backward=True, **GPU_SIZES),
+    Paged(about="", requests=((256, 1),) * 2, page_size=16, **SIZES),
+    Paged(about="", requests=((32, 1), (32, 16)), page_size=16, **SIZES),
+]
+
+
+@pytest.fixture
+def kernels_of_xla(monkeypatch):
+    """XLA's forms in place of the GPU's kernels, where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        for op in ("interval_attention", "paged_attention"):
+            known = importlib.import_module(f"kernels_pallas.{op}.api").IMPLEMENTATIONS
+            monkeypatch.setitem(known, "pallas_gpu", known["xla"])
+
+
+@pytest.mark.usefixtures("kernels_of_xla")
+@pytest.mark.parametrize("case", ON_A_GPU, ids=str)
+def test_times_on_a_gpu(case):
+    """The peers that run agree with ours; which run depends on the machine."""
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention multiplies bfloat16 by float32
+        line = this_gpu.report(case, seconds=0)
+    assert line["wall"] > 0
+    if isinstance(case, Dense):
+        told = line["peers"]["dot_product_attention, xla"]
+        assert "ratio" in told, told
+        assert told["ratio"] == pytest.approx(told["wall"] / line["wall"], rel=0.05)
+
+
+@pytest.mark.usefixtures("kernels_of_xla")
+def test_a_peer_that_differs_is_an_error(monkeypatch):
+    wrong = {"ours": (lambda x: x, (jnp.ones((4,)),)), "peer": (lambda x: x + 1, (jnp.ones((4,)),))}
+    monkeypatch.setattr(this_gpu, "contestants", lambda case: wrong)
+    with pytest.raises(AssertionError, match="peer"):
+        this_gpu.report(ON_A_GPU[0], seconds=0)
+
+
+def test_repeated_calls_are_not_made_one():
+    """Each call's first argument hangs on the last result: as many products in the program as calls."""
+    x = jnp.ones((64, 64))
+    text = jax.jit(this_gpu.repeated(lambda a, b: a @ b, 5)).lower(x, x).compile().as_text()
+    assert text.count(" dot(") == 5
 
 
 @pytest.mark.parametrize("text", ["", PAGE + PAGE, "<!-- tpu table: end --><!-- tpu table: begin -->"])

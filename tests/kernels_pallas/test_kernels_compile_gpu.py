@@ -22,10 +22,10 @@ def test_compiles(model, card):
     got = gpu.run({"build": BUILD + "dense_training", "target": card, "arguments": MODELS[model]})
     assert "error" not in got, got["error"]
     kernels = {kernel["name"].removeprefix("interval_attention_"): kernel for kernel in got["kernels"]}
-    assert {"forward", "d_query", "d_key", "used_keys"} <= kernels.keys()
+    assert {"forward", "d_query", "d_key"} <= kernels.keys()
     assert kernels["forward"]["spill_bytes"] == 0
-    for kernel in kernels.values():
-        assert 0 < kernel["registers"] <= 255
+    for name, kernel in kernels.items():
+        assert 0 < kernel["registers"] <= 255, name
         assert kernel["shared_memory_bytes"] <= gpu.CARDS[card].shared_memory_block
     assert kernels["forward"]["shared_memory_bytes"] > 0
     # No array of rows by keys: the few numbers a row or a key that the kernels hand to each other, one fused copy of
