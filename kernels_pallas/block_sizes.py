@@ -15,6 +15,9 @@ __all__ = ["CHIPS", "SOLE_KEYS", "TABLE", "blocks_for", "fit", "kind_of"]
 TABLE = Path(__file__).with_name("block_sizes.json")
 SOLE_KEYS = 768
 """Up to so many keys one block holds them all."""
+PROGRAMS = 4
+"""Where one block holds all keys, fewer programs than this own half as many heads each, as nothing hides what is copied
+for the first."""
 CHIPS = {128: "v5e", 256: "v6e"}
 """The chip whose entries serve, by the width of the matrix units: v4 and v5p are cut like v5e, tpu7x like v6e."""
 
@@ -30,14 +33,27 @@ def _table() -> dict[str, dict[str, dict]]:
     return json.loads(TABLE.read_text())["blocks"]
 
 
-def blocks_for(chip: str, num_rows: int, num_keys: int, groups: int, head_dim: int, itemsize: int, vmem: int) -> Blocks:
-    """Blocks for ``num_rows`` query rows and ``groups`` query heads a key head, in about ``vmem`` bytes at most."""
+def blocks_for(
+    chip: str, num_rows: int, num_keys: int, num_heads: int, groups: int, head_dim: int, itemsize: int, vmem: int
+) -> Blocks:
+    """Blocks for ``num_rows`` query rows of each of ``num_heads`` query heads, those of all sequences together.
+
+    ``groups`` of these share a key head. A program takes about ``vmem`` bytes at most.
+    """
     entry = Blocks(**_table()[chip][kind_of(head_dim, num_keys)])
-    if "HEADS" in __import__("os").environ: entry = entry._replace(heads=int(__import__("os").environ["HEADS"]))
-    return fit(entry, num_rows, num_keys, groups, head_dim, itemsize, vmem)
+    return fit(entry, num_rows, num_keys, num_heads, groups, head_dim, itemsize, vmem)
 
 
-def fit(blocks: Blocks, num_rows: int, num_keys: int, groups: int, head_dim: int, itemsize: int, vmem: int) -> Blocks:
+def fit(
+    blocks: Blocks,
+    num_rows: int,
+    num_keys: int,
+    num_heads: int,
+    groups: int,
+    head_dim: int,
+    itemsize: int,
+    vmem: int,
+) -> Blocks:
     """``blocks`` no larger than the problem, whole sublanes, and within ``vmem`` bytes."""
     if num_keys <= SOLE_KEYS and blocks.across:
         keys = _up(num_keys, 32 // itemsize)
@@ -48,7 +64,8 @@ def fit(blocks: Blocks, num_rows: int, num_keys: int, groups: int, head_dim: int
             keys=keys,
             edge_rows=rows,
             edge_keys=keys,
-            step=int(__import__("os").environ.get("STEP", keys)),
+            heads=blocks.heads // 2 if num_heads * -(-num_rows // rows) < PROGRAMS * blocks.heads else blocks.heads,
+            step=min(blocks.step, keys),
             resident=max(keys, blocks.resident),
         )
     elif num_rows < blocks.owned:

@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
       keys: keys of a free block.
       edge_rows, edge_keys: rows and keys of a piece of an edge; they divide ``rows`` and ``keys``.
       heads: query heads of a program at most.
-      step: keys of one matrix product; divides ``edge_keys``.
+      step: keys of one matrix product; divides ``edge_keys``. Where one block holds all keys the last takes the rest.
       resident: keys of one key head that are in VMEM at a time, at most.
     """
 

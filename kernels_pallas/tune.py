@@ -23,21 +23,26 @@ from kernels_pallas.tpu_tiles import Blocks
 
 LONG = 4096
 PROBLEMS = {
-    "narrow short": [("full", 577, 8, 8, 64), ("full", 729, 8, 8, 72)],
+    "narrow short": [("full", 577, 128, 128, 64), ("full", 729, 128, 128, 72)],
     "narrow medium": [("full", 1024, 8, 8, 72), ("full", 1600, 8, 8, 80)],
     "narrow long": [("full", LONG, 8, 8, 80), ("packed", LONG, 8, 8, 80)],
-    "128 short": [("causal", 512, 8, 2, 128)],
+    "128 short": [("causal", 512, 32, 8, 128)],
     "128 medium": [("causal", 1536, 8, 2, 128)],
     "128 long": [("causal", LONG, 8, 2, 128), ("packed", LONG, 8, 2, 128)],
     "256 short": [("prefix", 512, 8, 1, 256)],
     "256 medium": [("prefix", 1536, 8, 1, 256)],
     "256 long": [("spans", LONG, 8, 4, 256)],
 }
-"""Kind of shape to what stands for it: mask, tokens, query heads, key heads, head dimension."""
+"""Kind of shape to what stands for it: mask, tokens, query heads, key heads, head dimension.
+
+A batch is as good as more heads.
+"""
 
 RESIDENT = 6144
 CANDIDATES = {
-    "short": [Blocks(True, 512, 1, 512, 512, 512, heads, 512, RESIDENT) for heads in (4, 8)],
+    "short": [
+        Blocks(True, 512, 1, 512, 512, 512, heads, step, RESIDENT) for heads in (4, 8) for step in (128, 256, 512)
+    ],
     "rest": [
         Blocks(True, 512, 1, 512, 512, 512, 8, 256, RESIDENT),
         Blocks(True, 512, 1, 512, 512, 512, 4, 512, RESIDENT),
@@ -70,7 +75,7 @@ def build(name: str, length: int, heads: int, kv_heads: int, head_dim: int, bloc
     def call(q, k, v, start_, stop_):
         q, k, v = (x.reshape(1, length, -1, head_dim) for x in (q, k, v))
         options = {"scale": head_dim**-0.5, "soft_cap": None, "interpret": False, "with_lse": False}
-        fitted = block_sizes.fit(Blocks(*blocks), length, length, heads // kv_heads, head_dim, 2, 96 << 20)
+        fitted = block_sizes.fit(Blocks(*blocks), length, length, heads, heads // kv_heads, head_dim, 2, 96 << 20)
         out, _ = pallas_tpu.forward(q, k, v, start_, stop_, blocks=fitted, measured=(start, stop), **options)
         return out.reshape(1, length, -1)
 

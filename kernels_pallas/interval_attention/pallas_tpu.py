@@ -51,7 +51,7 @@ def forward(q, k, v, kv_start, kv_stop, *, scale, soft_cap, interpret, with_lse=
         info = pltpu.get_tpu_info()
         vmem, chip = int(0.9 * info.vmem_capacity_bytes), block_sizes.CHIPS[info.mxu_column_size]
     if blocks is None:
-        blocks = block_sizes.blocks_for(chip, T, S, N // K, H, q.dtype.itemsize, vmem * 3 // 4)
+        blocks = block_sizes.blocks_for(chip, T, S, B * N, N // K, H, q.dtype.itemsize, vmem * 3 // 4)
     if not (flat or blocks.across):
         raise ValueError(f"head dimension {H} is no multiple of {LANES}: it needs blocks that go across, not {blocks}")
     factor = scale * math.log2(math.e) if soft_cap is None else scale / soft_cap

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu_tiles import LANES, LOWEST, Across, Blocks, Down, Problem, Refs, scratch_shapes, visit
+from kernels_pallas.tpu_tiles import LOWEST, Across, Blocks, Down, Problem, Refs, scratch_shapes, visit
 
 __all__ = ["forward_kernel"]
 
@@ -161,9 +161,8 @@ def forward_kernel(
     heads, kv_heads = _heads(groups, K, blocks.heads)
     chunk = _chunk(S, blocks)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    problem = Problem(
-        blocks, heads, kv_heads, head_dim, flat, soft_cap, precision, num_keys if blocks.across and blocks.keys == blocks.edge_keys == S else None
-    )
+    sole = num_keys if blocks.across and blocks.keys == blocks.edge_keys == S else None
+    problem = Problem(blocks, heads, kv_heads, head_dim, flat, soft_cap, precision, sole)
     N, bq, edge = K * groups, blocks.owned, blocks.edge_rows
     programs = T // bq
     shares = max(1, groups // heads)  # programs that read the same key heads

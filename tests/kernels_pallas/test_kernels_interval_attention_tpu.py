@@ -55,6 +55,11 @@ def of(mask: intervals.RowIntervals, batch=1):
     return tuple(np.ascontiguousarray(np.broadcast_to(x, (batch, len(x))), np.int32) for x in mask)
 
 
+def of_first(mask: intervals.RowIntervals):
+    """Of the first of two sequences; the other's rows see nothing."""
+    return tuple(x * np.array([[1], [0]], np.int32) for x in of(mask, 2))
+
+
 # B, T, S, N, K, H, how it is cut, and the mask
 CASES = {
     "causal": ((1, 300, 300, 4, 1, 128), "down", lambda: of(intervals.causal(300))),
@@ -81,6 +86,8 @@ CASES = {
     "six key heads": ((1, 140, 900, 12, 6, 64), "table", lambda: of(intervals.causal(140, offset=760))),
     "many keys of few rows": ((1, 3, 1000, 2, 1, 128), "table", lambda: of(intervals.causal(3, offset=900))),
     "32 heads of 8": ((1, 130, 70, 32, 32, 8), "table", lambda: of(intervals.causal(130, offset=-60))),
+    "a sequence that sees nothing": ((2, 200, 150, 4, 2, 64), "table", lambda: of_first(intervals.causal(200))),
+    "the same, heads in lanes": ((2, 200, 300, 2, 1, 128), "table", lambda: of_first(intervals.causal(200, window=9))),
     "one row": ((1, 1, 1, 1, 1, 128), "table", lambda: of(intervals.full(1))),
 }
 
@@ -159,6 +166,13 @@ def test_kernels_tpu_free_blocks_are_seen_by_every_row():
         for program, rows in enumerate(seen.reshape(2, 256, 768)):
             free = (keys // 128 >= free_first[program]) & (keys // 128 < free_last[program])
             assert rows[:, free].all()
+
+
+def test_kernels_tpu_few_programs_own_half_as_many_heads():
+    """A tower of 16 heads: one picture makes four programs of four heads, two make as many of eight."""
+    for batch, heads in ((1, 4), (2, 8), (8, 8)):
+        blocks = block_sizes.blocks_for("v6e", 577, 577, batch * 16, 1, 64, 2, 96 << 20)
+        assert (blocks.heads, blocks.keys, blocks.step) == (heads, 592, 256)
 
 
 def test_kernels_tpu_table_has_every_kind():
