@@ -145,7 +145,7 @@ def _share(case: Paged, kind) -> list:
 
 
 def _sizes(part: Case) -> dict[str, Any]:
-    sizes = {name: value for name, value in dataclasses.asdict(part).items() if name not in ("about", "parts")}
+    sizes = {name: value for name, value in dataclasses.asdict(part).items() if name not in ("about", "parts", "whole")}
     if "requests" in sizes:
         kinds = sorted(set(part.requests), key=lambda x: x[1])
         sizes["requests"] = [f"{part.requests.count(kind)} of {kind[0]} keys, {kind[1]} new" for kind in kinds]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.benchmark.cases import CASES, Case, Dense, Paged, Write
+from kernels_pallas.benchmark.cases import CASES, Case, Dense, Paged, Write, estimated
 from kernels_pallas.pages import pages_shape
 
 __all__ = ["array", "build", "kernels"]
@@ -22,7 +22,7 @@ def kernels(case: Case) -> list[tuple[str, Case]]:
 
 def build(case: str):
     """What to compile for a case of `CASES`, at its measured part."""
-    part = CASES[case].part
+    part, _ = estimated(CASES[case])
     return {Dense: _dense, Paged: _paged, Write: _write}[type(part)](part)
 
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from kernels_pallas.benchmark.cases import CASES, Case, Dense, Paged, Write
+from kernels_pallas.benchmark.cases import CASES, Case, Dense, Paged, Write, estimated
 from kernels_pallas.benchmark.tpu_ours import array
 from kernels_pallas.intervals import to_mask
 
@@ -78,13 +78,20 @@ def measured_part(peer: str, case: Dense | Paged, roughly: bool = False) -> tupl
     """What is compiled of a case for an estimate, and how many of it make the case.
 
     Splash and flash attention do one head after another, the ragged kernel one request after another; of a single
-    request it gets a quarter of the heads. ``roughly``: one head of a long sequence, which is 5 to 10% too high by
-    what a call costs once; good enough to compare blocks.
+    request it gets a quarter of the heads. ``roughly``: one sequence, or one head of a long one, which is 5 to 10% too
+    high by what a call costs once; good enough to compare blocks.
     """
     if peer != "ragged":
-        if roughly and case.batch == 1:
-            return dataclasses.replace(case, num_heads=1, num_kv_heads=1), case.num_heads
-        return case.part, case.parts
+        if roughly:
+            some = case.part if case.batch > 1 else dataclasses.replace(case, num_heads=1, num_kv_heads=1)
+            return some, case.flops() // some.flops()
+        some, parts = estimated(case)
+        if peer != "flash":  # takes one sequence; of a batch all see the same, so that more heads are as good
+            N, K = (some.batch * n for n in (some.num_heads, some.num_kv_heads))
+            some = dataclasses.replace(some, batch=1, num_heads=N, num_kv_heads=K)
+        return some, parts
+    if isinstance(case, Dense) and case.whole:
+        return _in_pages(case), 1
     case = _in_pages(case)
     if all(case.requests.count(kind) % SHARE == 0 for kind in set(case.requests)):
         return dataclasses.replace(case, requests=case.requests[::SHARE]), SHARE
