@@ -159,6 +159,7 @@ class EngineConfig:
       memory_fraction: share of an accelerator's memory that may be used in all.
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
+      prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
       compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
@@ -172,6 +173,7 @@ class EngineConfig:
     kv_cache_memory: Any = None  # int | None once built
     memory_fraction: float = 0.9
     encoder_cache_tokens: int | None = None
+    prefix_caching: bool = True
     warm_up: bool = True
     on_recompile: str = "warn"
     compilation_cache_dir: str | None = "auto"
@@ -185,7 +187,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.on_recompile not in ("warn", "raise"):
             raise ConfigError(f"on_recompile must be 'warn' or 'raise', got {self.on_recompile!r}")
-        for name in ("warm_up", "show_progress"):
+        for name in ("prefix_caching", "warm_up", "show_progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         fraction = self.memory_fraction

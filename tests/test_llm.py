@@ -21,6 +21,8 @@ from aphrodite_jax.modeling.loader import load_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True)
+ONE_BY_ONE = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop=("never said",))
+"""The same tokens; since a text could end it, they come one at a time."""
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} "
     "{% for part in message['content'] if part['type'] == 'image' %}<image> {% endfor %}"
@@ -154,7 +156,7 @@ def test_equal_images_are_encoded_once(llm, monkeypatch):
     encoded = []
     encode = llm.engine.runner.encode
     monkeypatch.setattr(llm.engine.runner, "encode", lambda items, rows: encoded.extend(items) or encode(items, rows))
-    llm.engine.reset_encoder_cache()
+    llm.engine.reset_caches()
     generate(llm, [image_prompt(5), image_prompt(6, 5), image_prompt(5)])
     assert len(encoded) == 2
     generate(llm, image_prompt(6))
@@ -233,11 +235,16 @@ def test_logprobs_of_a_greedy_answer(llm):
 
 
 def test_a_stream_grows_to_the_answer(llm):
-    pieces = list(llm.stream(image_prompt(1), GREEDY))
+    pieces = list(llm.stream(image_prompt(1), ONE_BY_ONE))
     texts = [piece.outputs[0].text for piece in pieces]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert [piece.finished for piece in pieces] == [False] * 11 + [True]
     assert tokens(pieces[-1:]) == tokens(generate(llm, image_prompt(1)))
+
+
+def test_a_stream_whose_end_is_known_comes_several_tokens_at_a_time(llm):
+    counts = [len(piece.outputs[0].token_ids) for piece in llm.stream(image_prompt(1), GREEDY)]
+    assert counts == [1, 9, 12]
 
 
 def test_a_stream_that_is_left_frees_its_pages(llm):
@@ -257,10 +264,10 @@ def test_generate_within_a_stream(llm):
 
 
 def test_an_aborted_request_gives_what_it_has(llm):
-    llm.engine.add_request("mine", image_prompt(1), GREEDY)
+    llm.engine.add_request("mine", image_prompt(1), ONE_BY_ONE)
     with pytest.raises(RequestError, match="in use"):
-        llm.engine.add_request("mine", image_prompt(1), GREEDY)
-    for _ in range(3):
+        llm.engine.add_request("mine", image_prompt(1), ONE_BY_ONE)
+    for _ in range(4):  # the first three tokens are back
         llm.engine.step()
     output = llm.engine.abort_request("mine")
     assert output.finished

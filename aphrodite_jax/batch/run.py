@@ -121,7 +121,7 @@ class _Group:
     def run(self, lines: Iterator[Line]) -> Iterator[list[OutputLine]]:
         """The output lines of ``lines``, in their order, as they are ready."""
         engine = self.llm.engine
-        engine.reset_encoder_cache()
+        engine.reset_caches()
         window = 2 * engine.engine_config.max_num_seqs
         try:
             while True:

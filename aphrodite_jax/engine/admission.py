@@ -12,6 +12,7 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
+from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
 from kernels_pallas import intervals
@@ -56,6 +57,7 @@ class PromptPreparer:
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._max_media_rows = max_media_rows
+        self._angles_depend_on_length = angles_depend_on_length(model_config.hf_text_config)
 
     def __call__(self, prompt: Prompt) -> PreparedPrompt:
         """The prepared prompt.
@@ -81,6 +83,7 @@ class PromptPreparer:
             token_ids=token_ids,
             intervals=prompt_intervals(self._mask_specs, len(token_ids), inputs.placeholders),
             media=self._map(inputs),
+            key_salt=str(len(token_ids)).encode() if self._angles_depend_on_length else b"",
         )
 
     def _tokenize(self, prompt: Prompt) -> LLMInputs:

@@ -1,12 +1,19 @@
 """The engine: requests in, steps, answers out.
 
 add_request   tokenize, process, map, check; one sequence per answer is queued
-step          schedule, encode and run on the device, take in the sampled tokens
+step          schedule, encode, send the programs to the device; take in the tokens of the step before
 abort_request
+
+The host is one step ahead: while the device runs a step, the next is planned and sent, and what the device chose comes
+back one step late. A sequence that turns out to have ended has a row too many in the step behind, which is dropped. A
+request with penalties, whose next token hangs on those before in the host's hands, makes the host wait instead.
 """
 
+import collections
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
 from aphrodite_jax.config import EngineConfig, ModelConfig
@@ -18,15 +25,17 @@ from aphrodite_jax.engine.output import LogprobReader, request_output
 from aphrodite_jax.engine.profiling import media_examples, media_tokens_per_prompt
 from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
 from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus
+from aphrodite_jax.engine.stats import EngineStats, clock
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.executor.batch import Rows
 from aphrodite_jax.executor.buckets import TILE_SIZE
-from aphrodite_jax.executor.model_runner import ModelRunner
+from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS, ModelRunner
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.outputs import RequestOutput
 from aphrodite_jax.sampling import (
     SampledTokens,
+    SamplingBatch,
     SamplingRow,
     build_sampling_batch,
     check_sampling_params,
@@ -49,6 +58,17 @@ class _Request:
     params: SamplingParams
     sequences: tuple[Sequence, ...]
     prompt_logprobs: list | None = None
+    arrived: float = 0.0
+    last_token: float | None = None  # when it came, of any of the sequences
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Sent:
+    """A step on the device: its plan, the tokens to come ``[steps, R]`` or ``[R]``, and what else is told of them."""
+
+    plan: Plan
+    tokens: Any = None
+    details: SampledTokens | None = None
 
 
 class AphroditeEngine:
@@ -84,7 +104,11 @@ class AphroditeEngine:
             max_num_seqs=engine_config.max_num_seqs,
             token_budget=self.runner.buckets.prefill_tokens[-1],
             tile_size=TILE_SIZE,
+            prefix_caching=engine_config.prefix_caching,
+            max_decode_steps=MAX_DECODE_STEPS,
         )
+        self.stats = EngineStats()
+        self._sent: collections.deque[_Sent] = collections.deque()
         self._prepare = PromptPreparer(
             model_config,
             self.tokenizer,
@@ -112,6 +136,7 @@ class AphroditeEngine:
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
+        arrived = clock()
         params = sampling_params or SamplingParams()
         check_sampling_params(params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids))
         number, self._num_requests = self._num_requests, self._num_requests + 1
@@ -126,6 +151,8 @@ class AphroditeEngine:
                 detokenizer=Detokenizer(
                     self.tokenizer, skip_special_tokens=params.skip_special_tokens, stop=params.stop
                 ),
+                max_length=min(len(prepared.token_ids) + params.max_tokens, self.runner.context_length),
+                ends_by_length=_ends_by_length(params),
             )
             for index in range(params.n)
         )
@@ -137,7 +164,9 @@ class AphroditeEngine:
             params=params,
             sequences=sequences,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            arrived=arrived,
         )
+        self.stats.requests += 1
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free what it holds; what it has so far, or None where the id is not in use."""
@@ -148,15 +177,17 @@ class AphroditeEngine:
             if sequence.status is not SequenceStatus.FINISHED:
                 self._finish(sequence, "abort")
         del self._requests[request_id]
+        self.stats.finished += 1
         return self._output(request)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do."""
         return bool(self._requests)
 
-    def reset_encoder_cache(self) -> None:
-        """Forget encoded media that no running request needs; an idle engine is then as it was at the start."""
+    def reset_caches(self) -> None:
+        """Forget encoded media and pages that no running request needs; an idle engine is then as at the start."""
         self.scheduler.encoder_cache.discard_unpinned()
+        self.scheduler.blocks.forget_idle()
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -164,26 +195,94 @@ class AphroditeEngine:
         return len(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; the outputs of the requests that it moved on."""
+        """Send one step and take in the one before; the outputs of the requests that it moved on."""
+        begin = clock()
+        waited, moved = self.stats.wait, []
+        if self._sent and any(uses_history(sequence.params) for sequence in self.scheduler.running):
+            moved += self._take_in()
         plan = self.scheduler.schedule()
-        if plan is None:
-            if self._requests:
-                raise RuntimeError(f"a bug of the engine: nothing to schedule, yet {len(self._requests)} requests wait")
-            return []
-        self._encode(plan)
-        logits, hidden, offsets = self.runner.forward([self._rows(chunk) for chunk in plan.chunks], decode=plan.decode)
-        for chunk, offset in zip(plan.chunks, offsets, strict=True):
-            self._take_prompt_logprobs(chunk, hidden, offset)
-            self._advance(chunk)
-        moved = [chunk.sequence for chunk in plan.chunks if chunk.samples]  # a token more, and none samples
-        if moved:
-            sampled = self._sample(plan, logits)
-            for row, chunk in enumerate(plan.chunks):
-                if chunk.samples:
-                    self._take_token(chunk.sequence, sampled, row)
-        return self._collect(moved)
+        if plan is not None:
+            self._sent.append(self._send(plan))
+        elif not self._sent and not moved and self._requests:
+            raise RuntimeError(f"no step can be planned, though {len(self._requests)} requests wait")
+        while len(self._sent) > (plan is not None):
+            moved += self._take_in()
+        outputs = self._collect(moved)
+        took = clock() - begin
+        self.stats.step += took
+        self.stats.plan += took - (self.stats.wait - waited)
+        return outputs
 
     # A step's parts.
+
+    def _send(self, plan: Plan) -> _Sent:
+        """Start the programs of a step."""
+        self._count(plan)
+        self._encode(plan)
+        plain = all(is_plain_greedy(chunk.sequence.params) for chunk in plan.chunks if chunk.samples)
+        if plain and not plan.prefill and all(c.begin >= c.sequence.prompt_length for c in plan.decode):
+            sequences = [chunk.sequence for chunk in plan.decode]
+            tokens = self.runner.decode(
+                [sequence.slot for sequence in sequences],
+                [chunk.begin for chunk in plan.decode],
+                [self.scheduler.blocks.block_table(sequence.sequence_id) for sequence in sequences],
+                plan.num_steps,
+            )
+            self.scheduler.sent(plan)
+            return _Sent(plan=plan, tokens=tokens)
+        decode, prefill = ([self._rows(chunk) for chunk in chunks] for chunks in (plan.decode, plan.prefill))
+        logits, hidden, offsets = self.runner.forward(decode, prefill)
+        for chunk, offset in zip(plan.prefill, offsets, strict=True):
+            self._take_prompt_logprobs(chunk, hidden, offset)
+        sent = _Sent(plan=plan)
+        if any(chunk.samples for chunk in plan.chunks):
+            slots = np.full(logits.shape[0], self.runner.num_slots, np.int32)
+            for row, chunk in enumerate(plan.chunks):
+                if chunk.samples:
+                    slots[row] = chunk.sequence.slot
+            batch = None if plain else self._sampling_batch(plan, logits.shape[0])
+            tokens, details = self.runner.sample(logits, slots, batch)
+            sent = _Sent(plan=plan, tokens=tokens, details=details)
+        self.scheduler.sent(plan)
+        return sent
+
+    def _take_in(self) -> list[Sequence]:
+        """Wait for the oldest step on the device and take its tokens; the sequences that have one more."""
+        sent = self._sent.popleft()
+        begin = clock()
+        tokens, details = jax.device_get((sent.tokens, sent.details))
+        tokens = np.atleast_2d(tokens)
+        self.stats.wait += clock() - begin
+        moved = []
+        for step in range(sent.plan.num_steps):
+            for row, chunk in enumerate(sent.plan.chunks):
+                if chunk.samples:
+                    chunk.sequence.num_pending -= 1
+                    if chunk.sequence.status is not SequenceStatus.FINISHED:
+                        self._take_token(chunk.sequence, int(tokens[step, row]), details, row)
+                        moved.append(chunk.sequence)
+        for sequence in moved:
+            self.scheduler.publish(sequence)
+        return moved
+
+    def _count(self, plan: Plan) -> None:
+        stats = self.stats
+        decode, prefill, _ = self.runner.buckets.shape(
+            len(plan.decode), sum(-(-len(chunk) // TILE_SIZE) * TILE_SIZE for chunk in plan.prefill)
+        )
+        rows = sum(map(len, plan.chunks)) + len(plan.decode) * (plan.num_steps - 1)
+        stats.steps += 1
+        stats.decode_steps += plan.num_steps * bool(plan.decode)
+        stats.rows += rows
+        stats.padded_rows += prefill + decode * plan.num_steps - rows
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            in_prompt = max(0, min(chunk.end, sequence.prompt_length) - chunk.begin)
+            stats.prompt_tokens_computed += in_prompt
+            if chunk.begin == sequence.num_cached and in_prompt:
+                stats.prompt_tokens += sequence.prompt_length
+                stats.media_items += len(sequence.prompt.media)
+        stats.media_encoded += len(plan.encode)
 
     def _encode(self, plan: Plan) -> None:
         """Media of one shape go together; embeddings that the user computed are stored as they are."""
@@ -206,6 +305,7 @@ class AphroditeEngine:
             intervals=sequence.intervals(begin, end),
             pages=self.scheduler.blocks.block_table(sequence.sequence_id),
             media_rows=self._media_rows(sequence, begin, end),
+            slot=sequence.slot,
         )
 
     def _media_rows(self, sequence: Sequence, begin: int, end: int) -> np.ndarray | None:
@@ -220,24 +320,14 @@ class AphroditeEngine:
                 media_rows[a - begin : b - begin] = rows[a - item.placeholder.offset : b - item.placeholder.offset]
         return media_rows
 
-    def _advance(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        sequence.num_computed = chunk.end
-        if sequence.prompt.media and chunk.begin < sequence.prompt_length <= chunk.end:
-            self.scheduler.encoder_cache.unpin(sequence.sequence_id)
-
-    def _sample(self, plan: Plan, logits) -> SampledTokens:
-        chunks = [chunk for chunk in plan.chunks if chunk.samples]
-        if all(is_plain_greedy(chunk.sequence.params) for chunk in chunks):
-            return self.runner.sample(logits, None)
+    def _sampling_batch(self, plan: Plan, num_rows: int) -> SamplingBatch:
         rows = [self._sampling_row(chunk.sequence) for chunk in plan.chunks]
-        batch = build_sampling_batch(
+        return build_sampling_batch(
             rows,
-            num_rows=logits.shape[0],
+            num_rows=num_rows,
             vocab_size=self.runner.vocab_size,
             history_width=self.runner.context_length if any(uses_history(row.params) for row in rows) else 0,
         )
-        return self.runner.sample(logits, batch)
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         return SamplingRow(
@@ -245,13 +335,16 @@ class AphroditeEngine:
             seed=sequence.seed,
             prompt_token_ids=sequence.prompt.token_ids,
             output_token_ids=sequence.output_ids,
+            num_pending=sequence.num_pending,
             end_token_ids=() if sequence.params.ignore_eos else tuple(self.end_token_ids),
         )
 
-    def _take_token(self, sequence: Sequence, sampled: SampledTokens, row: int) -> None:
-        token, params = int(sampled.token_ids[row]), sequence.params
+    def _take_token(self, sequence: Sequence, token: int, sampled: SampledTokens | None, row: int) -> None:
+        params = sequence.params
         sequence.output_ids.append(token)
+        self._count_token(self._requests[sequence.sequence_id.rpartition("/")[0]])
         if params.logprobs is not None:
+            assert sampled is not None, "a request that asks for log-probabilities is not plain greedy"
             sequence.logprobs.append(self._logprobs.read(sampled, row, token, params.logprobs))
             sequence.cumulative_logprob += float(sampled.logprobs[row])
         if token in self.end_token_ids and not params.ignore_eos:
@@ -260,8 +353,17 @@ class AphroditeEngine:
             self._finish(sequence, "stop", token)
         elif (stop := sequence.detokenizer.append(token)) is not None:
             self._finish(sequence, "stop", stop)
-        elif len(sequence.output_ids) >= params.max_tokens or len(sequence) >= self.runner.context_length:
+        elif sequence.num_known >= sequence.max_length:
             self._finish(sequence, "length")
+
+    def _count_token(self, request: _Request) -> None:
+        now = clock()
+        self.stats.output_tokens += 1
+        if request.last_token is None:
+            self.stats.time_to_first_token.add(now - request.arrived)
+        else:
+            self.stats.time_between_tokens.add(now - request.last_token)
+        request.last_token = now
 
     def _take_prompt_logprobs(self, chunk: Chunk, hidden, offset: int) -> None:
         sequence = chunk.sequence
@@ -286,6 +388,7 @@ class AphroditeEngine:
         for output in outputs:
             if output.finished:
                 del self._requests[output.request_id]
+                self.stats.finished += 1
         return outputs
 
     def _output(self, request: _Request) -> RequestOutput:
@@ -303,6 +406,11 @@ class AphroditeEngine:
             return asked
         whole = min(DEFAULT_PREFILL_TOKENS, self.model_config.context_length)
         return -(-whole // TILE_SIZE) * TILE_SIZE
+
+
+def _ends_by_length(params: SamplingParams) -> bool:
+    """Whether a request is greedy and nothing but its length ends it: several tokens may come at once."""
+    return is_plain_greedy(params) and params.ignore_eos and not params.stop and not params.stop_token_ids
 
 
 def _seed(asked: int | None, base: int, number: int, index: int) -> int:

@@ -45,7 +45,7 @@ def request_output(
     return RequestOutput(
         request_id=request_id,
         prompt=prompt.text,
-        prompt_token_ids=tuple(prompt.token_ids.tolist()),
+        prompt_token_ids=prompt.token_tuple,
         outputs=tuple(_completion(index, sequence) for index, sequence in enumerate(sequences)),
         finished=all(sequence.status is SequenceStatus.FINISHED for sequence in sequences),
         prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),

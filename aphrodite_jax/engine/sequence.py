@@ -30,12 +30,22 @@ class MediaItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedPrompt:
-    """A checked prompt: expanded token ids, row intervals by mask kind, media in the order of their places."""
+    """A checked prompt: expanded token ids, row intervals by mask kind, media in the order of their places.
+
+    ``key_salt`` is what else decides keys and values of the prompt's rows (`engine.page_keys`): where angles depend on
+    the prompt's length, that.
+    """
 
     text: str | None
     token_ids: np.ndarray
     intervals: Mapping[str, RowIntervals]
     media: tuple[MediaItem, ...] = ()
+    key_salt: bytes = b""
+
+    @functools.cached_property
+    def token_tuple(self) -> tuple[int, ...]:
+        """``token_ids`` as plain numbers."""
+        return tuple(self.token_ids.tolist())
 
     @functools.cached_property
     def may_end(self) -> np.ndarray:
@@ -54,8 +64,19 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """The tokens of one answer and how far the caches are with them.
 
-    ``num_computed`` counts tokens whose keys and values stand in pages; it falls to 0 when the sequence is
-    preempted, and everything before is computed again.
+    The device runs ahead of the host: a token that is chosen there and not known here yet is *pending*, and counts in
+    the sequence's length.
+
+    Attributes:
+      num_computed: tokens whose keys and values stand in pages, or will once the device has run what was sent to it;
+        it falls to 0 when the sequence is preempted, and everything before is computed again.
+      num_pending: tokens chosen on the device that have not come back.
+      slot: place of the latest token in the device's array of them, while the sequence runs.
+      page_keys: of its first pages, as far as they were asked for (`engine.page_keys`); others know the first
+        ``num_published`` of them.
+      num_cached: tokens at its beginning that were there when it began to run.
+      max_length: tokens of prompt and answer at most.
+      ends_by_length: whether nothing else ends it, and its next token hangs on its tokens alone.
     """
 
     def __init__(
@@ -67,16 +88,25 @@ class Sequence:
         seed: int,
         mask_specs: Mapping[str, MaskSpec],
         detokenizer: Detokenizer,
+        max_length: int,
+        ends_by_length: bool = False,
     ):
         self.sequence_id = sequence_id
         self.prompt = prompt
         self.params = params
         self.seed = seed
         self.detokenizer = detokenizer
+        self.max_length = max_length
+        self.ends_by_length = ends_by_length
         self.status = SequenceStatus.WAITING
         self.output_ids: list[int] = []
         self.num_computed = 0
+        self.num_pending = 0
         self.num_preemptions = 0
+        self.slot = -1
+        self.page_keys: list[bytes] = []
+        self.num_published = 0
+        self.num_cached = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.logprobs: list[dict[int, Logprob]] = []
@@ -84,6 +114,11 @@ class Sequence:
         self._mask_specs = mask_specs
 
     def __len__(self) -> int:
+        return self.num_known + self.num_pending
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of prompt and answer that the host knows."""
         return len(self.prompt.token_ids) + len(self.output_ids)
 
     @property
@@ -91,10 +126,16 @@ class Sequence:
         """Tokens of the prompt."""
         return len(self.prompt.token_ids)
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether its limits leave room for another token."""
+        return len(self) < self.max_length
+
     def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Tokens ``[begin, end)`` of prompt and answer."""
-        generated = self.output_ids[max(0, begin - self.prompt_length) : max(0, end - self.prompt_length)]
-        return np.concatenate([self.prompt.token_ids[begin:end], np.array(generated, np.int32)])
+        """Tokens ``[begin, end)`` of prompt and answer, int32; -1 for pending ones."""
+        known = self.output_ids[max(0, begin - self.prompt_length) : max(0, end - self.prompt_length)]
+        pending = [-1] * max(0, end - max(begin, self.num_known))
+        return np.concatenate([self.prompt.token_ids[begin:end], np.array(known + pending, np.int32)])
 
     def intervals(self, begin: int, end: int) -> dict[str, RowIntervals]:
         """Row intervals of the tokens ``[begin, end)``: the prompt's own, then causal ones."""

@@ -2,12 +2,14 @@
 # (NumPy arrays here are JAX arrays once a program takes them.)
 """One step's rows as arrays: tokens, positions, intervals, pages, in the padded layout of a bucket.
 
-Prefill: each request's chunk starts a new tile and is padded to whole tiles.
+Rows of decode come first, one a request, each a tile of its own. Chunks of prompts follow: each starts a new tile and
+is padded to whole tiles.
 
-    chunks of 3 and 2 rows, tiles of 2, bucket of 8:   a0 a1 | a2 -- | b0 b1 | -- --
-                                       tile_request       0  |   0   |   1   |   0
+    2 rows of decode in 4, then chunks of 3 and 2 rows, tiles of 2, in 8:
+                                              a | b | - | - | c0 c1 | c2 -- | d0 d1 | -- --
+                               tile_request   0 | 1 | 0 | 0 |   2   |   2   |   3   |   0
 
-Decode: one row a request, and each row is a tile. Padding rows see no key and write to no page.
+Padding rows see no key and write to no page.
 """
 
 import dataclasses
@@ -28,12 +30,13 @@ class Rows:
     """Consecutive rows of one request that a step computes.
 
     Attributes:
-      token_ids: ``[n]``.
+      token_ids: ``[n]``; -1 for one that only the device knows yet: the latest of ``slot``.
       start: position of the first row.
       prompt_length: tokens of the request's prompt.
       intervals: mask kind to the rows' intervals ``[n]``.
       pages: pages of the request, in order, at least up to the last row.
       media_rows: ``[n]`` row of the encoder cache that replaces the token's embedding, -1 for none.
+      slot: the request's place among the device's latest tokens.
     """
 
     token_ids: np.ndarray
@@ -42,6 +45,7 @@ class Rows:
     intervals: Mapping[str, RowIntervals]
     pages: np.ndarray
     media_rows: np.ndarray | None = None
+    slot: int = -1
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -50,9 +54,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
-    """What the forward program takes: all ``[T]``, but ``last_rows`` ``[R]``, each request's last row."""
+    """What the forward program takes: all ``[T]``, but ``last_rows`` ``[R]``, each request's last row.
+
+    ``token_slots`` says which rows take their token from the device's latest ones; -1 for the others.
+    """
 
     input_ids: np.ndarray
+    token_slots: np.ndarray
     positions: np.ndarray
     media_rows: np.ndarray
     last_rows: np.ndarray
@@ -60,9 +68,11 @@ class ForwardBatch:
 
 
 def build_batch(
-    rows: Sequence[Rows],
+    decode: Sequence[Rows],
+    prefill: Sequence[Rows],
     *,
-    num_tokens: int,
+    num_decode: int,
+    num_prefill: int,
     num_requests: int,
     tile_size: int,
     mask_kinds: Sequence[str],
@@ -70,55 +80,71 @@ def build_batch(
     num_pages: int,
     max_pages: int,
 ) -> tuple[ForwardBatch, np.ndarray]:
-    """The padded batch of a bucket, and the offset of each request's first row in it ``[len(rows)]``.
+    """The padded batch of a bucket, and the offset of each request's first row in it ``[len(decode) + len(prefill)]``.
 
     Args:
-      num_tokens, num_requests, tile_size: the bucket; tiles of one row are decode.
+      num_decode, num_prefill, num_requests, tile_size: the bucket.
       num_pages: of the whole cache; max_pages: of one request.
 
     Raises:
       ValueError: a request's pages are none of the cache's.
     """
+    rows = [*decode, *prefill]
     lengths = np.array([len(r) for r in rows])
-    tiles = -(-lengths // tile_size)
-    offsets = (np.cumsum(tiles) - tiles) * tile_size
-    index = np.concatenate([np.arange(n) + offset for n, offset in zip(lengths, offsets, strict=True)])
+    tiles = -(-lengths[len(decode) :] // tile_size)
+    offsets = np.concatenate([np.arange(len(decode)), num_decode + (np.cumsum(tiles) - tiles) * tile_size])
+    # The i-th row of all stands at its request's offset, and as far behind as it is in its request.
+    ends = np.cumsum(lengths)
+    request = np.repeat(np.arange(len(rows)), lengths)
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    index = offsets[request] + within
 
-    def padded(parts, fill=0):
-        out = np.full(num_tokens, fill, np.int32)
-        out[index] = np.concatenate(parts)
+    def padded(values, fill=0):
+        out = np.full(num_decode + num_prefill, fill, np.int32)
+        out[index] = values
         return out
 
-    positions = [np.arange(r.start, r.start + len(r), dtype=np.int32) for r in rows]
-    slots = [r.pages[p // page_size] * page_size + p % page_size for r, p in zip(rows, positions, strict=True)]
+    def joined(parts):
+        return np.concatenate(list(parts))
+
     tables = np.zeros((num_requests, max_pages), np.int32)
     for table, r in zip(tables, rows, strict=False):
         table[: len(r.pages)] = r.pages
     check_block_tables(tables, num_pages)
-    tile_request = np.zeros(num_tokens // tile_size, np.int32)
-    tile_request[: tiles.sum()] = np.repeat(np.arange(len(rows)), tiles)
+    starts, prompt_lengths, slots = (
+        np.array([getattr(r, name) for r in rows], np.int32) for name in ("start", "prompt_length", "slot")
+    )
+    tokens = joined(r.token_ids for r in rows)
+    positions = starts[request] + within
+    tile_request = np.zeros(num_decode + num_prefill // tile_size, np.int32)
+    tile_request[: len(decode)] = np.arange(len(decode))
+    tile_request[num_decode : num_decode + tiles.sum()] = np.repeat(np.arange(len(decode), len(rows)), tiles)
     last_rows = np.zeros(num_requests, np.int32)
     last_rows[: len(rows)] = offsets + lengths - 1
-    no_media = [np.full(len(r), -1, np.int32) if r.media_rows is None else r.media_rows for r in rows]
+    no_media = np.full(int(lengths.max()), -1, np.int32)
     batch = ForwardBatch(
-        input_ids=padded([r.token_ids for r in rows]),
+        input_ids=padded(np.maximum(tokens, 0)),
+        token_slots=padded(np.where(tokens < 0, slots[request], -1), fill=-1),
         positions=padded(positions),
-        media_rows=padded(no_media, fill=-1),
+        media_rows=padded(joined(no_media[: len(r)] if r.media_rows is None else r.media_rows for r in rows), fill=-1),
         last_rows=last_rows,
         metadata=AttentionMetadata(
             intervals={
                 kind: RowIntervals(
-                    padded([r.intervals[kind].start for r in rows]),
-                    padded([r.intervals[kind].stop for r in rows]),
+                    padded(joined(r.intervals[kind].start for r in rows)),
+                    padded(joined(r.intervals[kind].stop for r in rows)),
                 )
                 for kind in mask_kinds
             },
-            lengths=padded([np.maximum(p + 1, r.prompt_length) for r, p in zip(rows, positions, strict=True)], fill=1),
+            lengths=padded(np.maximum(positions + 1, prompt_lengths[request]), fill=1),
             paged=PagedLayout(
-                slots=padded(slots, fill=num_pages * page_size),
+                slots=padded(
+                    tables[request, positions // page_size] * page_size + positions % page_size,
+                    fill=num_pages * page_size,
+                ),
                 block_tables=tables,
                 tile_request=tile_request,
-                decode_rows=num_tokens if tile_size == 1 else 0,
+                decode_rows=num_decode,
             ),
         ),
     )

@@ -13,7 +13,11 @@ MAX_ENCODE_ITEMS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Sizes, ascending: tokens of a prefill step, requests of a decode step, items of an encode step."""
+    """Sizes, ascending: rows of prompts in a step, rows of decode, items of an encode step.
+
+    A step has one of ``decode_requests`` rows of decode and no prompts, or one of ``prefill_tokens`` rows of prompts
+    and either no rows of decode or room for all of them: a few programs where all pairs would be many.
+    """
 
     prefill_tokens: tuple[int, ...]
     decode_requests: tuple[int, ...]
@@ -23,9 +27,24 @@ class Buckets:
         """Requests that a prefill step of ``tokens`` has room for: each takes a tile at least; a decode bucket."""
         return round_up(min(max(1, tokens // TILE_SIZE), self.decode_requests[-1]), self.decode_requests)
 
+    def shape(self, num_decode: int, num_prefill_rows: int) -> tuple[int, int, int]:
+        """Of the batch that holds so many rows: rows of decode, rows of prompts (whole tiles), requests."""
+        if not num_prefill_rows:
+            rows = round_up(num_decode, self.decode_requests)
+            return rows, 0, rows
+        tokens = round_up(num_prefill_rows, self.prefill_tokens)
+        if not num_decode:
+            return 0, tokens, self.prefill_requests(tokens)
+        return self.decode_requests[-1], tokens, self.decode_requests[-1]
+
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """All that `shape` may give."""
+        decode = [self.shape(n, 0) for n in self.decode_requests]
+        return (*decode, *(self.shape(n, tokens) for tokens in self.prefill_tokens for n in (0, 1)))
+
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
-    """Powers of two up to each maximum, the maximum itself at the end.
+    """Powers of two up to each maximum, the maximum itself at the end; rows of decode in finer steps from 16 on.
 
     Raises:
       ConfigError: the token budget is below one tile.
@@ -35,7 +54,7 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
     largest = max_num_batched_tokens // TILE_SIZE * TILE_SIZE
     return Buckets(
         prefill_tokens=_doubling(min(4 * TILE_SIZE, largest), largest),
-        decode_requests=_doubling(1, max_num_seqs),
+        decode_requests=_fine(max_num_seqs),
         encode_items=_doubling(1, min(MAX_ENCODE_ITEMS, max_num_seqs)),
     )
 
@@ -49,4 +68,14 @@ def _doubling(low: int, high: int) -> tuple[int, ...]:
     sizes = [low]
     while sizes[-1] < high:
         sizes.append(min(2 * sizes[-1], high))
+    return tuple(sizes)
+
+
+def _fine(high: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, 16, then four to the octave (20, 24, 28, 32, 40, ...), so that a fifth is wasted at most."""
+    sizes = [1]
+    while sizes[-1] < high:
+        last = sizes[-1]
+        step = last if last < 16 else 2 ** (last.bit_length() - 3)
+        sizes.append(min(last + step, high))
     return tuple(sizes)

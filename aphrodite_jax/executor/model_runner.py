@@ -1,11 +1,14 @@
-"""The device side: a model, its caches, and the four kinds of programs that run on them.
+"""The device side: a model, its caches, and the kinds of programs that run on them.
 
     encode   media arrays           -> rows of the encoder cache
     store    precomputed embeddings -> rows of the encoder cache
     forward  a batch of rows        -> logits of each request's last row; KV pages written
     sample   logits                 -> tokens
+    decode   requests               -> their next tokens, greedily, one or more of each; KV pages written
 
-The KV cache and the encoder cache are donated to each program that writes them and replaced by its result.
+The KV cache, the encoder cache and the array of latest tokens are donated to each program that writes them and
+replaced by its result. Nothing here waits for the device but `prompt_logprobs`: what `sample` and `decode` give are
+arrays that may still be on their way.
 """
 
 import functools
@@ -24,6 +27,7 @@ from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
 from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_up
 from aphrodite_jax.executor.programs import CompileJob, Programs
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.sampling import (
     SampledTokens,
@@ -34,13 +38,16 @@ from aphrodite_jax.sampling import (
     sample_greedy,
 )
 from aphrodite_jax.sampling_params import MAX_LOGPROBS
-from kernels_pallas.intervals import causal
+from kernels_pallas.intervals import RowIntervals, causal
+from kernels_pallas.paged_attention import check_block_tables
 from kernels_pallas.pages import pages_shape
 
-__all__ = ["ModelRunner"]
+__all__ = ["MAX_DECODE_STEPS", "ModelRunner"]
 
 PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
+MAX_DECODE_STEPS = 8
+"""Tokens of each request in one decode program at most."""
 
 
 class ModelRunner:
@@ -78,6 +85,8 @@ class ModelRunner:
         self.vocab_size = self._logits_width()
         self.encoder_rows = self._choose_encoder_rows(engine_config, media_budget)
         self._encoder_cache = jnp.zeros((max(self.encoder_rows, 1), self._width), self._dtype)
+        self.num_slots = engine_config.max_num_seqs
+        self._last_tokens = jnp.zeros(self.num_slots, jnp.int32)
         self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
         self._allocate_pages(engine_config)
 
@@ -85,14 +94,15 @@ class ModelRunner:
 
     def warm_up(self, media_examples: Sequence[Mapping[str, np.ndarray]], *, show_progress: bool) -> None:
         """Compile every program of every bucket; ``media_examples`` are the arrays of one item of each shape."""
-        jobs = [self._sample_job(self._shape((n, self.vocab_size), jnp.float32), None) for n in self._logit_rows()]
+        logits = [self._shape((n, self.vocab_size), jnp.float32) for n in self.buckets.decode_requests]
+        jobs = [self._sample_job(x, np.zeros(len(x), np.int32), None) for x in logits]
         jobs += [
-            self._sample_job(self._shape((n, self.vocab_size), jnp.float32), self._dummy_sampling(n, width))
-            for n in self._logit_rows()
+            self._sample_job(x, np.zeros(len(x), np.int32), self._dummy_sampling(len(x), width))
+            for x in logits
             for width in (0, self.context_length)  # without and with penalties
         ]
-        jobs += [self._forward_job(self._dummy_batch(tokens, decode=False)) for tokens in self.buckets.prefill_tokens]
-        jobs += [self._forward_job(self._dummy_batch(n, decode=True)) for n in self.buckets.decode_requests]
+        jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
+        jobs += [self._decode_job(*self._decode_arrays((), (), ()), 1, n) for n in self.buckets.decode_requests]
         for example in media_examples:
             for items in self.buckets.encode_items:
                 arrays = {name: np.repeat(array, items, axis=0) for name, array in example.items()}
@@ -150,25 +160,46 @@ class ModelRunner:
         targets[: len(rows)] = rows
         self._encoder_cache = self.programs.run(self._store_job(padded, targets))
 
-    def forward(self, rows: Sequence[Rows], *, decode: bool) -> tuple[jax.Array, jax.Array, np.ndarray]:
-        """Run rows of several requests; one row each where ``decode``.
+    def forward(self, decode: Sequence[Rows], prefill: Sequence[Rows]) -> tuple[jax.Array, jax.Array, np.ndarray]:
+        """Run rows of several requests: those of ``decode`` have one each and come first.
 
         Returns:
-          logits ``[R, V]`` of each request's last row, hidden states ``[T, D]``, and where each request's rows begin.
+          logits ``[R, V]`` of each request's last row, hidden states ``[T, D]`` of prefill rows, and where each
+          prefill request's rows begin among these.
         """
-        if decode:
-            num_tokens = num_requests = round_up(len(rows), self.buckets.decode_requests)
-        else:
-            needed = sum(-(-len(r) // TILE_SIZE) * TILE_SIZE for r in rows)
-            num_tokens = round_up(needed, self.buckets.prefill_tokens)
-            num_requests = self.buckets.prefill_requests(num_tokens)
-        batch, offsets = self._build(rows, num_tokens, num_requests, 1 if decode else TILE_SIZE)
+        needed = sum(-(-len(r) // TILE_SIZE) * TILE_SIZE for r in prefill)
+        num_decode, num_prefill, num_requests = self.buckets.shape(len(decode), needed)
+        batch, offsets = self._build(decode, prefill, num_decode, num_prefill, num_requests)
         logits, hidden, self._kv_caches = self.programs.run(self._forward_job(batch))
-        return logits, hidden, offsets
+        return logits, hidden, offsets[len(decode) :] - num_decode
 
-    def sample(self, logits: jax.Array, batch: SamplingBatch | None) -> SampledTokens:
-        """Choose a token for each row of ``logits [R, V]``; None chooses greedily."""
-        return jax.device_get(self.programs.run(self._sample_job(logits, batch)))
+    def decode(
+        self, slots: Sequence[int], positions: Sequence[int], pages: Sequence[np.ndarray], num_steps: int
+    ) -> jax.Array:
+        """The next ``num_steps`` tokens of requests, greedily, int32 ``[num_steps or more, requests or more]``.
+
+        Args:
+          slots: of the requests, whose latest tokens stand there.
+          positions: of these tokens; not in the prompt.
+          pages: of the requests, up to what these steps write.
+          num_steps: at most `MAX_DECODE_STEPS`.
+        """
+        job = self._decode_job(*self._decode_arrays(slots, positions, pages), num_steps)
+        tokens, self._last_tokens, self._kv_caches = self.programs.run(job)
+        tokens.copy_to_host_async()
+        return tokens
+
+    def sample(
+        self, logits: jax.Array, slots: np.ndarray, batch: SamplingBatch | None
+    ) -> tuple[jax.Array, SampledTokens | None]:
+        """Token ids ``[R]`` for the rows of ``logits [R, V]``, and what is told of them; without a batch greedily.
+
+        ``slots [R]`` says where among the latest tokens each row's stands from now on; one past the end drops it.
+        """
+        tokens, details, self._last_tokens = self.programs.run(self._sample_job(logits, slots, batch))
+        for array in jax.tree.leaves((tokens, details)):
+            array.copy_to_host_async()
+        return tokens, details
 
     def prompt_logprobs(self, hidden: jax.Array, rows: np.ndarray, targets: np.ndarray):
         """Log-probabilities of ``targets [n]`` under the logits of ``hidden[rows]``, ``rows [n]``, on the host."""
@@ -184,20 +215,73 @@ class ModelRunner:
     # Programs: each method says what one takes, for a run and for compiling ahead alike.
 
     def _forward_job(self, batch: ForwardBatch) -> CompileJob:
-        def forward(params, kv_caches, encoder_cache, batch):
+        paged = batch.metadata.paged
+        assert paged is not None
+        num_decode = paged.decode_rows
+
+        def forward(params, kv_caches, encoder_cache, last_tokens, batch):
             model = nnx.merge(self._graphdef, params)
-            embeds = model.embed_input_ids(batch.input_ids)
+            latest = last_tokens[jnp.maximum(batch.token_slots, 0)]
+            input_ids = jnp.where(batch.token_slots >= 0, latest, batch.input_ids)
+            embeds = model.embed_input_ids(input_ids)
             if self._multimodal:
                 media = encoder_cache[jnp.maximum(batch.media_rows, 0)]
                 embeds = jnp.where((batch.media_rows >= 0)[:, None], media, embeds)
-            hidden, kv_caches = model(batch.input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds)
-            return model.compute_logits(hidden[batch.last_rows]), hidden, kv_caches
+            hidden, kv_caches = model(input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds)
+            return model.compute_logits(hidden[batch.last_rows]), hidden[num_decode:], kv_caches
 
-        paged = batch.metadata.paged
-        assert paged is not None
-        key = (len(batch.input_ids), paged.decode_rows, len(batch.last_rows))
-        args = (self._params, self._kv_caches, self._encoder_cache, batch)
+        key = (num_decode, len(batch.input_ids) - num_decode, len(batch.last_rows))
+        args = (self._params, self._kv_caches, self._encoder_cache, self._last_tokens, batch)
         return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
+
+    def _decode_job(self, slots, positions, tables, num_steps: int, size: int | None = None) -> CompileJob:
+        size = round_up(len(slots), self.buckets.decode_requests) if size is None else size
+        padding = size - len(slots)
+        arrays = (
+            np.pad(slots, (0, padding), constant_values=self.num_slots),
+            np.pad(positions, (0, padding)),
+            np.pad(tables, ((0, padding), (0, 0))),
+        )
+
+        def decode(params, kv_caches, last_tokens, slots, positions, tables, num_steps):
+            model = nnx.merge(self._graphdef, params)
+
+            def step(i, carry):
+                kv_caches, tokens, chosen = carry
+                metadata = self._decode_metadata(slots, positions + i, tables)
+                embeds = model.embed_input_ids(tokens)
+                hidden, kv_caches = model(tokens, positions + i, kv_caches, metadata, inputs_embeds=embeds)
+                tokens = sample_greedy(model.compute_logits(hidden))
+                return kv_caches, tokens, chosen.at[i].set(tokens)
+
+            tokens = last_tokens[jnp.minimum(slots, self.num_slots - 1)]
+            chosen = jnp.zeros((MAX_DECODE_STEPS, len(slots)), jnp.int32)
+            kv_caches, tokens, chosen = jax.lax.fori_loop(0, num_steps, step, (kv_caches, tokens, chosen))
+            return chosen, last_tokens.at[slots].set(tokens, mode="drop"), kv_caches
+
+        args = (self._params, self._kv_caches, self._last_tokens, *arrays, np.int32(num_steps))
+        return CompileJob(name="decode", key=size, fn=decode, args=args, donate=(1, 2))
+
+    def _decode_metadata(self, slots, positions, tables) -> AttentionMetadata:
+        """What attention must know of one row of each request, on the device; requests without a slot see nothing."""
+        there = slots < self.num_slots
+        page = jnp.take_along_axis(tables, (positions // self.page_size)[:, None], axis=1)[:, 0]
+        stop = jnp.where(there, positions + 1, 0)
+        intervals = {
+            kind: RowIntervals(jnp.maximum(stop - spec.window, 0) if spec.window else jnp.zeros_like(stop), stop)
+            for kind, spec in self.mask_specs.items()
+        }
+        requests = jnp.arange(len(slots), dtype=jnp.int32)
+        at = jnp.where(there, page * self.page_size + positions % self.page_size, self.num_pages * self.page_size)
+        paged = PagedLayout(slots=at, block_tables=tables, tile_request=requests, decode_rows=len(slots))
+        return AttentionMetadata(intervals=intervals, lengths=jnp.maximum(stop, 1), paged=paged)
+
+    def _decode_arrays(self, slots, positions, pages):
+        tables = np.zeros((len(slots), self._max_pages), np.int32)
+        for table, held in zip(tables, pages, strict=True):
+            table[: len(held)] = held
+        check_block_tables(tables, self.num_pages)
+        return np.array(slots, np.int32), np.array(positions, np.int32), tables
 
     def _encode_job(
         self, arrays: Mapping[str, np.ndarray], count: int, targets: np.ndarray | None = None
@@ -222,12 +306,19 @@ class ModelRunner:
         args = (self._encoder_cache, embeds, targets)
         return CompileJob(name="store", key=len(embeds), fn=store, args=args, donate=(0,))
 
-    def _sample_job(self, logits, batch: SamplingBatch | None) -> CompileJob:
+    def _sample_job(self, logits, slots: np.ndarray, batch: SamplingBatch | None) -> CompileJob:
+        choose = functools.partial(sample, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
+
+        def run(last_tokens, logits, slots, *batch):
+            details = choose(logits, *batch) if batch else None
+            tokens = sample_greedy(logits) if details is None else details.token_ids
+            return tokens, details, last_tokens.at[slots].set(tokens, mode="drop")
+
+        args = (self._last_tokens, logits, slots)
         if batch is None:
-            return CompileJob(name="sample_greedy", key=logits.shape[0], fn=sample_greedy, args=(logits,))
-        fn = functools.partial(sample, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
+            return CompileJob(name="sample_greedy", key=logits.shape[0], fn=run, args=args, donate=(0,))
         key = (logits.shape[0], batch.prompt_tokens.shape[1])
-        return CompileJob(name="sample", key=key, fn=fn, args=(logits, batch))
+        return CompileJob(name="sample", key=key, fn=run, args=(*args, batch), donate=(0,))
 
     def _prompt_logprobs_job(self, hidden, rows: np.ndarray, targets: np.ndarray) -> CompileJob:
         def run(params, hidden, rows, targets):
@@ -239,19 +330,21 @@ class ModelRunner:
 
     # Shapes and sizes.
 
-    def _build(self, rows, num_tokens, num_requests, tile_size):
+    def _build(self, decode, prefill, num_decode, num_prefill, num_requests):
         return build_batch(
-            rows,
-            num_tokens=num_tokens,
+            decode,
+            prefill,
+            num_decode=num_decode,
+            num_prefill=num_prefill,
             num_requests=num_requests,
-            tile_size=tile_size,
+            tile_size=TILE_SIZE,
             mask_kinds=tuple(self.mask_specs),
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_pages=self._max_pages,
         )
 
-    def _dummy_batch(self, num_tokens: int, *, decode: bool) -> ForwardBatch:
+    def _dummy_batch(self, num_decode: int, num_prefill: int, num_requests: int) -> ForwardBatch:
         row = Rows(
             token_ids=np.zeros(1, np.int32),
             start=0,
@@ -259,15 +352,11 @@ class ModelRunner:
             intervals={kind: causal(1) for kind in self.mask_specs},
             pages=np.zeros(1, np.int32),
         )
-        requests = num_tokens if decode else self.buckets.prefill_requests(num_tokens)
-        return self._build([row], num_tokens, requests, 1 if decode else TILE_SIZE)[0]
+        parts = ([], [row]) if num_prefill else ([row], [])
+        return self._build(*parts, num_decode, num_prefill, num_requests)[0]
 
     def _dummy_sampling(self, rows: int, history_width: int) -> SamplingBatch:
         return build_sampling_batch([], num_rows=rows, vocab_size=self.vocab_size, history_width=history_width)
-
-    def _logit_rows(self) -> tuple[int, ...]:
-        prefill = {self.buckets.prefill_requests(tokens) for tokens in self.buckets.prefill_tokens}
-        return tuple(sorted(prefill | set(self.buckets.decode_requests)))
 
     def _store_buckets(self) -> tuple[int, ...]:
         doublings = range(4, math.ceil(math.log2(max(self.encoder_rows, 17))) + 1)
@@ -322,7 +411,7 @@ class ModelRunner:
         self._kv_caches = self._page_shapes(1, device.platform)
         used = 0
         if self._limit is not None and engine_config.kv_cache_memory is None:
-            largest = self._dummy_batch(self.buckets.prefill_tokens[-1], decode=False)
+            largest = self._dummy_batch(*self.buckets.shape(1, self.buckets.prefill_tokens[-1]))
             self.programs.compile([self._forward_job(largest)], show_progress=False)
             used = _nbytes(self._params) + self._encoder_cache.nbytes
             used += self.programs.largest_temp_bytes("forward")

@@ -42,6 +42,7 @@ class SamplingRow:
     Attributes:
       seed: of this answer, 32 bits; the params' own seed may be None and is not looked at.
       prompt_token_ids, output_token_ids: history for the penalties, tuples or int arrays.
+      num_pending: tokens of the answer behind these that only the device knows; 0 where there are penalties.
       end_token_ids: the model's end tokens, held off until ``min_tokens``.
     """
 
@@ -50,11 +51,12 @@ class SamplingRow:
     prompt_token_ids: Sequence[int] | np.ndarray
     output_token_ids: Sequence[int] | np.ndarray
     end_token_ids: Sequence[int] = ()
+    num_pending: int = 0
 
     @property
     def step(self) -> int:
         """Index of the token that is generated now."""
-        return len(self.output_token_ids)
+        return len(self.output_token_ids) + self.num_pending
 
 
 @jax.tree_util.register_dataclass

@@ -49,10 +49,9 @@ def sample(logits: Float[Array, "R V"], batch: SamplingBatch, *, num_logprobs: i
     return SampledTokens(token_ids, *token_logprobs(logits, token_ids, num_logprobs=num_logprobs))
 
 
-def sample_greedy(logits: Float[Array, "R V"]) -> SampledTokens:
-    """Each row's likeliest token, for rows that are all `is_plain_greedy`; k is 0."""
-    token_ids = _argmax(logits)
-    return SampledTokens(token_ids, *token_logprobs(logits, token_ids, num_logprobs=0))
+def sample_greedy(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """Each row's likeliest token, of equals the lowest id, for rows that are all `is_plain_greedy`."""
+    return _argmax(logits)
 
 
 def _draw(logits: Float[Array, "R V"], batch: SamplingBatch) -> Int[Array, " R"]:

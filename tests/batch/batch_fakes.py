@@ -25,7 +25,7 @@ class FakeEngine:
         self.most_at_once = 0
         self.num_steps = 0
 
-    def reset_encoder_cache(self):
+    def reset_caches(self):
         self.num_encoded = 0
 
     def add_request(self, request_id, prompt, sampling_params):

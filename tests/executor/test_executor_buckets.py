@@ -21,11 +21,28 @@ def test_every_step_has_a_bucket(max_num_seqs, max_num_batched_tokens):
         assert buckets.prefill_requests(tokens) in buckets.decode_requests
 
 
+@given(st.integers(1, 300), st.integers(TILE_SIZE, 5000), st.data())
+def test_a_batch_has_one_of_the_declared_shapes_and_fits(max_num_seqs, max_num_batched_tokens, data):
+    buckets = make_buckets(max_num_seqs, max_num_batched_tokens)
+    num_prefill = data.draw(st.integers(0, min(max_num_seqs, buckets.prefill_tokens[-1] // TILE_SIZE)))
+    num_decode = data.draw(st.integers(int(not num_prefill), max_num_seqs - num_prefill) if num_prefill < max_num_seqs
+                           else st.just(0))  # fmt: skip
+    rows = num_prefill * TILE_SIZE
+    decode, prefill, requests = shape = buckets.shape(num_decode, rows)
+    assert shape in buckets.shapes()
+    assert decode >= num_decode
+    assert prefill >= rows
+    assert prefill % TILE_SIZE == 0
+    assert requests >= num_decode + num_prefill
+    assert (decode > 0, prefill > 0) == (num_decode > 0, num_prefill > 0)
+
+
 @given(st.integers(1, 300), st.data())
 def test_rounding_up_wastes_less_than_half(max_num_seqs, data):
     sizes = make_buckets(max_num_seqs, 64).decode_requests
     size = data.draw(st.integers(1, max_num_seqs))
     assert size <= round_up(size, sizes) < 2 * size or round_up(size, sizes) == size
+    assert size <= 16 or round_up(size, sizes) <= 1.25 * size
 
 
 def test_a_budget_below_a_tile():

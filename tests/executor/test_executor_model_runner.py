@@ -44,7 +44,7 @@ def plain_logits(model, tokens):
     return np.asarray(model.compute_logits(hidden))
 
 
-def rows(tokens, begin, end, pages):
+def rows(tokens, begin, end, pages, slot=-1):
     whole = causal(len(tokens), window=CONFIG.sliding_window)
     return Rows(
         token_ids=tokens[begin:end],
@@ -52,6 +52,7 @@ def rows(tokens, begin, end, pages):
         prompt_length=len(tokens),
         intervals={"full": RowIntervals(whole.start[begin:end], whole.stop[begin:end])},
         pages=np.asarray(pages, np.int32),
+        slot=slot,
     )
 
 
@@ -59,25 +60,51 @@ def test_ragged_prefill_then_decode_equals_one_plain_call(model, runner):
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 96, n).astype(np.int32) for n in (37, 9))
     pages_a, pages_b = [7, 2, 9, 4, 11], [3, 5]
-    logits, _, offsets = runner.forward([rows(a, 0, 20, pages_a), rows(b, 0, 8, pages_b)], decode=False)
+    logits, _, offsets = runner.forward([], [rows(a, 0, 20, pages_a), rows(b, 0, 8, pages_b)])
     assert offsets.tolist() == [0, 32]
     np.testing.assert_allclose(logits[1], plain_logits(model, b)[7], atol=1e-5)
-    logits, _, _ = runner.forward([rows(a, 20, 36, pages_a)], decode=False)
-    np.testing.assert_allclose(logits[0], plain_logits(model, a)[35], atol=1e-5)
-    logits, _, _ = runner.forward([rows(a, 36, 37, pages_a), rows(b, 8, 9, pages_b)], decode=True)
+    logits, _, _ = runner.forward([rows(b, 8, 9, pages_b)], [rows(a, 20, 36, pages_a)])  # both in one batch
+    np.testing.assert_allclose(logits[0], plain_logits(model, b)[8], atol=1e-5)
+    np.testing.assert_allclose(logits[1], plain_logits(model, a)[35], atol=1e-5)
+    logits, _, _ = runner.forward([rows(a, 36, 37, pages_a), rows(b, 8, 9, pages_b)], [])
     np.testing.assert_allclose(logits[0], plain_logits(model, a)[36], atol=1e-5)
     np.testing.assert_allclose(logits[1], plain_logits(model, b)[8], atol=1e-5)
     assert runner.programs.late_compiles == 0
 
 
+def test_decode_goes_on_with_the_tokens_on_the_device(model, runner):
+    """Greedy tokens: by one plain call for each; by the sampler and then several steps in one program."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 96, n).astype(np.int32) for n in (21, 5)]  # the window is 20
+    pages, slots = [np.array([7, 2, 9, 4, 11]), np.array([3, 5])], [2, 0]
+    wanted = []
+    for prompt in prompts:
+        tokens = prompt
+        for _ in range(6):
+            tokens = np.append(tokens, plain_logits(model, tokens)[-1].argmax()).astype(np.int32)
+        wanted.append(tokens[len(prompt) :].tolist())
+    whole = [rows(p, 0, len(p), held, slot) for p, held, slot in zip(prompts, pages, slots, strict=True)]
+    logits, _, _ = runner.forward([], whole)
+    first, details = runner.sample(logits, np.array([*slots, 4, 4], np.int32), None)
+    assert details is None
+    chosen = [np.asarray(first)[None, :2]]
+    positions = np.array([len(p) for p in prompts])
+    for steps in (3, 1, 1):
+        tokens = runner.decode(slots, positions, pages, steps)
+        chosen.append(np.asarray(tokens)[:steps, :2])
+        positions = positions + steps
+    assert np.concatenate(chosen).T.tolist() == wanted
+    assert runner.programs.late_compiles == 0
+
+
 def test_a_shape_outside_the_buckets_is_an_error_after_warm_up(runner):
     with pytest.raises(RecompilationError, match="sample_greedy"):
-        runner.sample(jnp.zeros((3, 96)), None)
+        runner.sample(jnp.zeros((3, 96)), np.zeros(3, np.int32), None)
 
 
 def test_prompt_logprobs_are_log_softmax_of_the_plain_logits(model, runner):
     tokens = np.arange(30, dtype=np.int32)
-    _, hidden, _ = runner.forward([rows(tokens, 0, 30, [1, 2, 3, 4])], decode=False)
+    _, hidden, _ = runner.forward([], [rows(tokens, 0, 30, [1, 2, 3, 4])])
     result = runner.prompt_logprobs(hidden, np.arange(29), tokens[1:])
     logits = plain_logits(model, tokens)[:29].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -4,13 +4,7 @@ import numpy as np
 import sampling_reference as reference
 from hypothesis import strategies as st
 
-from aphrodite_jax.sampling import (
-    SamplingRow,
-    build_sampling_batch,
-    prompt_logprobs,
-    sample,
-    sample_greedy,
-)
+from aphrodite_jax.sampling import SamplingRow, build_sampling_batch, prompt_logprobs, sample
 from aphrodite_jax.sampling_params import SamplingParams
 
 V = 41
@@ -55,14 +49,6 @@ def test_sampled_logprobs_are_of_the_raw_distribution():
     assert got.token_ids.tolist() == [7, 7, 7]
     for a, b in zip(got[1:], run(logits, got.token_ids, num_logprobs=20), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_sample_greedy_gives_the_logprob_of_its_token_and_no_alternatives():
-    logits = np.random.default_rng(0).normal(size=(3, V)).astype(np.float32)
-    got = jax.jit(sample_greedy)(logits)
-    np.testing.assert_allclose(got.logprobs, [reference.logprobs(z).max() for z in logits], atol=1e-5)
-    assert got.ranks.tolist() == [1, 1, 1]
-    assert got.top_ids.shape == got.top_logprobs.shape == (3, 0)
 
 
 def test_a_token_of_probability_zero_has_minus_infinity_and_the_last_rank():

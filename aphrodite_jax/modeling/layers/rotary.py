@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["RotaryTable", "apply_rotary", "rotary_table"]
+__all__ = ["RotaryTable", "angles_depend_on_length", "apply_rotary", "rotary_table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,13 @@ class RotaryTable:
 
     cos: Float[Array, "T half"]
     sin: Float[Array, "T half"]
+
+
+def angles_depend_on_length(config: transformers.PretrainedConfig) -> bool:
+    """Whether a row's angles depend on its request's length too, so that equal prefixes have other keys."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(x for x in parameters.values() if isinstance(x, dict))]  # or one set for each kind of layer
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 def apply_rotary(x: Float[Array, "T N H"], table: RotaryTable) -> Float[Array, "T N H"]:
