@@ -74,7 +74,7 @@ def build(case: str, peer: str, blocks, roughly: bool = False):
     return _flash(part, blocks) if peer == "flash" else _splash(part, blocks, peer)
 
 
-def measured_part(peer: str, case: Dense | Paged, roughly: bool = False) -> tuple[Dense | Paged, int]:
+def measured_part(peer: str, case: Case, roughly: bool = False) -> tuple[Case, int]:
     """What is compiled of a case for an estimate, and how many of it make the case.
 
     Splash and flash attention do one head after another, the ragged kernel one request after another; of a single
