@@ -13,6 +13,8 @@ transformers needs torch in this environment. vLLM's build for CPU goes into one
         if 'extra ==' not in r and not r.startswith('torch')), sep='\\n')" > requirements.txt
     VENV/bin/pip install -r requirements.txt
 
+vLLM advises to load tcmalloc first: a copy or link of it in VENV/lib is used.
+
 A request is one image and a short question; answers are greedy, in float32, and run to lengths from 8 to 128 tokens.
 Each engine gets the whole list at once. transformers runs static batches, of all requests and of 16; each goes on until
 its longest answer is done. A peer's time is that of the best of its thread settings and batch sizes. Start-up and one
@@ -24,10 +26,9 @@ import argparse
 import json
 import statistics
 
-from workers import add_options, label, machine, mixed_lengths, requests, say, workers
+from workers import WARM_UP, add_options, machine, mixed_lengths, numbered, requests, say, workers
 
 STATIC_BATCH = 16
-WARM_UP = 99
 
 
 def main() -> None:
@@ -38,58 +39,70 @@ def main() -> None:
     add_options(parser, engines=("ours", "transformers", "vllm"))
     options = parser.parse_args()
     lengths = mixed_lengths(options.requests)
-    seconds: dict[str, dict[str, list[float]]] = {}  # engine to setting to the time of each repeat
-    agreement: dict[str, list[bool]] = {}  # peer to whether each request's tokens equal ours
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {}  # engine to setting to wall and CPU time of each repeat
+    equal: dict[str, list[bool]] = {}  # peer to whether the tokens of each request are ours
     with workers(options) as started:
         runs = [(worker, *run) for worker in started for run in _runs(worker, options.requests)]
-        for repeat in [WARM_UP, *range(options.repeats)]:
+        for repeat, called in numbered(options.repeats):
             asked = requests(lengths, repeat)
             tokens = {}
             for worker, setting, arguments in runs:
+                before = worker.cpu_seconds()
                 answer = worker.call("generate", requests=asked, **arguments)
-                say(f"{'warm-up' if repeat == WARM_UP else f'repeat {repeat}'}: {setting}: {answer['seconds']:.2f} s")
+                taken = answer["seconds"], worker.cpu_seconds() - before
+                say(f"{called}: {setting}: {taken[0]:.2f} s")
+                if [len(answered) for answered in answer["tokens"]] != lengths:
+                    raise RuntimeError(f"{setting}: answers have other lengths than were asked for")
                 tokens.setdefault(worker.name, answer["tokens"])
                 if repeat != WARM_UP:
-                    seconds.setdefault(worker.name, {}).setdefault(setting, []).append(answer["seconds"])
-            if [len(answer) for engine in tokens.values() for answer in engine] != lengths * len(tokens):
-                raise RuntimeError("an engine gave answers of other lengths than it was asked for")
-            for peer in tokens.keys() - {"ours"} if "ours" in tokens and repeat != WARM_UP else ():
-                equal = [a == b for a, b in zip(tokens["ours"], tokens[peer], strict=True)]
-                agreement.setdefault(peer, []).extend(equal)
-        where = machine(started)
-    report(options, sum(lengths), seconds, agreement, where)
+                    times.setdefault(worker.name, {}).setdefault(setting, []).append(taken)
+            for peer in tokens.keys() - {"ours"} if "ours" in tokens else ():
+                pairs = zip(tokens["ours"], tokens[peer], strict=True)
+                equal.setdefault(peer, []).extend(ours == theirs for ours, theirs in pairs)
+        report(options, sum(lengths), times, equal, machine(started))
 
 
 def _runs(worker, num_requests: int):
     """Name and arguments of each way to run an engine."""
     if worker.name != "transformers":
-        yield label(worker), {}
+        yield worker.label, {}
         return
     for size in sorted({num_requests, min(num_requests, STATIC_BATCH)}):
-        yield f"{label(worker)}, batches of {size}", {"batch_size": size}
+        yield f"{worker.label}, batches of {size}", {"batch_size": size}
 
 
-def report(options, num_tokens: int, seconds: dict, agreement: dict, where: dict) -> None:
+def report(options, num_tokens: int, times: dict, equal: dict, where: dict) -> None:
     """The table, and the line of JSON."""
-    medians = {name: {run: statistics.median(times) for run, times in runs.items()} for name, runs in seconds.items()}
+    medians = {
+        name: {run: tuple(map(statistics.median, zip(*taken, strict=True))) for run, taken in runs.items()}
+        for name, runs in times.items()
+    }
     best = {name: min(runs, key=runs.get) for name, runs in medians.items()}
-    rates = {name: round(num_tokens / medians[name][run], 1) for name, run in best.items()}
-    ratios = {name: round(rates["ours"] / rate, 3) for name, rate in rates.items() if "ours" in rates}
-    equal = {name: round(statistics.mean(found), 4) for name, found in agreement.items()}
+    rates = {name: round(num_tokens / medians[name][run][0], 1) for name, run in best.items()}
+    ratios = {
+        name: round(rates["ours"] / rate, 3) for name, rate in rates.items() if name != "ours" and "ours" in rates
+    }
+    shares = {name: round(statistics.mean(found), 4) for name, found in equal.items()}
     print(f"{options.requests} requests, {num_tokens} tokens, checkpoint {options.checkpoint}; {where['processor']}")
-    print(f"{'engine at its best':48} {'tokens/s':>9} {'ours is faster by':>18} {'answers equal to ours':>22}")
+    print(f"{'engine at its best':44} {'tokens/s':>9} {'CPU s':>7} {'ours / it':>10} {'equal answers':>14}")
     for name, run in best.items():
-        print(f"{run:48} {rates[name]:9} {ratios.get(name, ''):>18} {equal.get(name, ''):>22}")
+        row = f"{run:44} {rates[name]:9.1f} {medians[name][run][1]:7.1f}"
+        print(f"{row} {ratios[name]:10.2f} {shares[name]:14.1%}" if name in ratios else row)
     result = {
         "benchmark": "offline_throughput",
         "checkpoint": options.checkpoint,
         "requests": options.requests,
         "output_tokens": num_tokens,
         "tokens_per_second": rates,
-        "ours_over_peer": {name: ratio for name, ratio in ratios.items() if name != "ours"},
-        "equal_answers": equal,
+        "ours_over_peer": ratios,
+        "equal_answers": shares,
         "best_setting": best,
-        "seconds": {run: [round(t, 3) for t in times] for runs in seconds.values() for run, times in runs.items()},
+        "seconds": {
+            run: [round(wall, 3) for wall, _ in taken] for runs in times.values() for run, taken in runs.items()
+        },
+        "cpu_seconds": {
+            run: [round(cpu, 2) for _, cpu in taken] for runs in times.values() for run, taken in runs.items()
+        },
         "machine": where,
     }
     print(json.dumps(result))

@@ -11,9 +11,10 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ NAMES = ("ours", "transformers", "vllm")
 MAX_NUM_SEQS = 64
 MAX_MODEL_LEN = 2048
 KV_CACHE_GIB = 2
+WARM_UP = 99
+"""Number of the repeat that is not counted; its requests are unlike those of the others."""
 
 THREADS: dict[str, dict[str, str]] = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
@@ -48,8 +51,9 @@ class Worker:
 
     Args:
       name: one of `NAMES`.
-      threads: a key of `THREADS`; None leaves the process as it is.
+      setting: what tells this process from others of the same engine; may be empty.
       python: the interpreter of the engine's environment.
+      environment: variables that are set for the process.
       log: where its messages go.
       options: for the engine's ``start``.
 
@@ -57,18 +61,16 @@ class Worker:
       RuntimeError: the engine didn't start; the message tells the end of its log.
     """
 
-    def __init__(self, name: str, threads: str | None, python: str, log: Path, **options):
-        self.name, self.threads, self.log = name, threads, log
-        script = ENGINES / {"ours": "ours.py"}.get(name, f"{name}_engine.py")
-        settings = THREADS[threads] if threads else {}
-        if name == "vllm":
-            settings = settings | {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    def __init__(self, name: str, setting: str, python: str, environment: Mapping[str, str], log: Path, **options):
+        self.name, self.setting, self.log = name, setting, log
+        self.label = f"{name}, {setting}" if setting else name
+        script = ENGINES / ("ours.py" if name == "ours" else f"{name}_engine.py")
         self.process = subprocess.Popen(
             [python, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
-            env={"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"} | os.environ | settings,
+            env={"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"} | os.environ | environment,
             text=True,
         )
         started = self._ask(options)
@@ -83,13 +85,21 @@ class Worker:
         """
         return self._ask({"call": function, **arguments})
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the engine's processes have taken so far; 0 where there is no ``/proc``."""
+        fields = [text.rsplit(")", 1)[1].split() for text in _proc_files(self.process.pid, "stat")]
+        # utime and stime of proc(5), 12th and 13th after the name in brackets
+        return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> dict[str, int]:
-        """MiB that the engine's processes hold now, and the most that they held; Linux tells it."""
-        now = peak = 0
-        for pid in _family(self.process.pid):
-            fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            now, peak = now + int(fields["VmRSS"].split()[0]), peak + int(fields["VmHWM"].split()[0])
-        return {"rss_mib": now // 1024, "peak_rss_mib": peak // 1024}
+        """MiB that the engine's processes hold now, and the most that each held; 0 where there is no ``/proc``."""
+        sums = {"VmRSS": 0, "VmHWM": 0}
+        for text in _proc_files(self.process.pid, "status"):
+            for line in text.splitlines():
+                field, _, value = line.partition(":")
+                if field in sums:
+                    sums[field] += int(value.split()[0])
+        return {"rss_mib": sums["VmRSS"] // 1024, "peak_rss_mib": sums["VmHWM"] // 1024}
 
     def close(self) -> None:
         """End the process, and wait for it."""
@@ -109,47 +119,76 @@ class Worker:
         return answer
 
 
-def add_options(parser: argparse.ArgumentParser, *, engines: tuple[str, ...]) -> None:
-    """The options that all benchmarks have."""
+def add_options(parser: argparse.ArgumentParser, *, engines: Sequence[str], default: str = "") -> None:
+    """The options that all benchmarks have; ``default`` are the engines that run unless others are asked for."""
     parser.add_argument("--checkpoint", choices=WRITERS, default="small")
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help="where checkpoints are written")
-    parser.add_argument("--only", default=",".join(engines), help=f"engines, of {','.join(engines)}")
-    if "vllm" in engines:
-        parser.add_argument(
-            "--vllm-python", help="interpreter of an environment with vLLM; without it vLLM is left out"
-        )
+    if len(engines) > 1:
+        parser.add_argument("--only", default=default or ",".join(engines), help=f"of {','.join(engines)}")
+        parser.add_argument("--vllm-python", help="interpreter of vLLM's environment; without it vLLM is left out")
 
 
 @contextmanager
-def workers(options: argparse.Namespace, **of_ours) -> Iterator[list[Worker]]:
-    """The engines that the options ask for, once for each thread setting; ``of_ours`` are options of `LLM`."""
+def workers(
+    options: argparse.Namespace,
+    *,
+    variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({"": {}}),
+    limits: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[list[Worker]]:
+    """The engines that the options ask for; they end with the context.
+
+    Args:
+      options: of `add_options`.
+      variants: of ours, each a process: names to options of `LLM`. Peers run once for each of `THREADS`.
+      limits: more options for ours and for vLLM, where they have the same names.
+    """
     path = str(checkpoint(options.checkpoint, options.directory))
-    names = options.only.split(",")
-    unknown = set(names) - set(NAMES)
-    if unknown:
+    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN, **limits}
+    names = getattr(options, "only", "ours").split(",")
+    if unknown := set(names) - set(NAMES):
         raise SystemExit(f"--only takes {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     vllm_python = getattr(options, "vllm_python", None)
     if "vllm" in names and vllm_python is None:
         names.remove("vllm")
         say("vLLM is left out: --vllm-python tells where it is")
-    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN}
-    starts: dict[str, tuple[str, dict[str, Any]]] = {
-        "ours": (sys.executable, limits | of_ours),
-        "transformers": (sys.executable, {}),
-        "vllm": (vllm_python, limits),
+    kinds: dict[str, list[tuple]] = {
+        "ours": [(name, sys.executable, {}, {**limits, **variant}) for name, variant in variants.items()],
+        "transformers": [(name, sys.executable, threads, {}) for name, threads in THREADS.items()],
+        "vllm": [
+            (name, vllm_python, vllm_environment(vllm_python) | threads, limits) for name, threads in THREADS.items()
+        ]
+        if vllm_python
+        else [],
     }
     logs = Path(tempfile.mkdtemp(prefix="benchmark-"))
     with ExitStack() as stack:
         started = []
         for name in names:
-            python, arguments = starts[name]
-            for threads in (None,) if name == "ours" else THREADS:
-                log = logs / f"{name}-{len(started)}.log"
-                worker = Worker(name, threads, python, log, checkpoint=path, **arguments)
+            for setting, python, environment, arguments in kinds[name]:
+                log = logs / f"{len(started)}-{name}.log"
+                worker = Worker(name, setting, python, environment, log, checkpoint=path, **arguments)
                 stack.callback(worker.close)
-                say(f"{label(worker)} started in {worker.start_seconds:.0f} s")
+                say(f"{worker.label}: started in {worker.start_seconds:.0f} s")
                 started.append(worker)
         yield started
+
+
+def vllm_environment(python: str) -> dict[str, str]:
+    """Variables for vLLM's process, and the libraries that it advises to load first, where its environment has them."""
+    found = sorted(Path(python).absolute().parents[1].glob("lib/lib[it]*.so*"))
+    preloaded = [str(file) for file in found if file.name.startswith(("libiomp5.so", "libtcmalloc"))]
+    return {
+        "LD_PRELOAD": ":".join(preloaded),
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the number of threads is OMP_NUM_THREADS, as for the others
+    }
+
+
+def numbered(repeats: int) -> Iterator[tuple[int, str]]:
+    """Number and name of each run: the warm-up first."""
+    yield WARM_UP, "warm-up"
+    for repeat in range(repeats):
+        yield repeat, f"repeat {repeat + 1} of {repeats}"
 
 
 def requests(lengths: list[int], repeat: int, *, num_images: int = 1, text_length: int = 0) -> list[dict]:
@@ -177,11 +216,6 @@ def mixed_lengths(count: int) -> list[int]:
     return np.random.default_rng(1521).integers(8, 129, count).tolist()
 
 
-def label(worker: Worker) -> str:
-    """An engine and its setting, for a table."""
-    return f"{worker.name}, {worker.threads}" if worker.threads else worker.name
-
-
 def machine(started: list[Worker]) -> dict:
     """What the numbers hold for: the processor, its cores, and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
@@ -201,9 +235,10 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _family(pid: int) -> Iterator[int]:
-    """A process and those that it started."""
-    yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            yield from _family(int(child))
+def _proc_files(pid: int, name: str) -> Iterator[str]:
+    """A file of ``/proc`` for a process and for each that it started."""
+    with suppress(FileNotFoundError):  # it ended, or this is another system than Linux
+        yield Path(f"/proc/{pid}/{name}").read_text()
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from _proc_files(int(child), name)

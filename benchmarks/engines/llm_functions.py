@@ -32,7 +32,9 @@ def llm_functions(
         begin = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False, **generate_options)
         seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        return {"seconds": seconds, "tokens": tokens, "prompt_tokens": prompt_tokens}
 
     def latency(requests: list[dict], in_flight: int) -> dict:
         """When tokens come with so many requests in flight."""
