@@ -92,6 +92,7 @@ def _generate(args: argparse.Namespace) -> int:
     for piece in _pieces(llm, _prompt(llm, args), sampling_params):
         print(piece, end="", flush=True)
     print()
+    _print_stats(args, llm)
     return 0
 
 
@@ -133,13 +134,20 @@ def _batch(args: argparse.Namespace) -> int:
         if not job.is_complete:
             from aphrodite_jax.llm import LLM
 
-            report = answer_job(LLM(args.model, max_num_seqs=args.max_num_seqs, **options), job)
+            llm = LLM(args.model, max_num_seqs=args.max_num_seqs, **options)
+            report = answer_job(llm, job)
+            _print_stats(args, llm)
     print(
         f"{args.output}: {report.num_answered} answered, {report.num_failed} with an error"
         + (f", {report.num_resumed} of them by an earlier run" if report.num_resumed else ""),
         file=sys.stderr,
     )
     return 3 if report.num_failed else 0
+
+
+def _print_stats(args: argparse.Namespace, llm: Any) -> None:
+    if args.stats:
+        print(json.dumps(llm.stats(), indent=1), file=sys.stderr)
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -286,6 +294,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default=None, help="a directory or hub id; the small model that ships if none")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and compute")
     _add_options(group, _MODEL_OPTIONS)
+    group.add_argument(
+        "--stats", action="store_true", default=False, help="at the end, print counts and times as JSON to stderr"
+    )
     group.add_argument(
         "--media-root",
         action="append",

@@ -160,10 +160,13 @@ class EngineConfig:
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
+      media_cache_memory: bytes of processed media kept on the host, as a number or text.
+      preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
       compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
         user's cache directory, None keeps none. A directory that JAX was configured with goes before.
+      trace_dir: where each `LLM.generate` leaves a trace of `jax.profiler`, its steps named; None traces nothing.
       show_progress: draw progress bars on stderr.
     """
 
@@ -174,15 +177,24 @@ class EngineConfig:
     memory_fraction: float = 0.9
     encoder_cache_tokens: int | None = None
     prefix_caching: bool = True
+    media_cache_memory: Any = "256MiB"  # int once built
+    preprocess_workers: int = 2
     warm_up: bool = True
     on_recompile: str = "warn"
     compilation_cache_dir: str | None = "auto"
+    trace_dir: str | None = None
     show_progress: bool = True
 
     def __post_init__(self):
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "encoder_cache_tokens"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "encoder_cache_tokens",
+            "preprocess_workers",
+        ):
             value = getattr(self, name)
-            required = name in ("max_num_seqs", "page_size")
+            required = name not in ("max_num_batched_tokens", "encoder_cache_tokens")
             if not _is_whole(value, least=1) and (value is not None or required):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.on_recompile not in ("warn", "raise"):
@@ -193,6 +205,7 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+        object.__setattr__(self, "media_cache_memory", _bytes(self.media_cache_memory))
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
 

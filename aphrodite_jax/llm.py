@@ -1,10 +1,13 @@
 """What a user touches: a model to load, prompts in, answers out."""
 
+import collections
+import contextlib
 import dataclasses
 import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +49,7 @@ class LLM:
         self.engine = AphroditeEngine(model_config, engine_config)
         self._request_numbers = itertools.count()
         self._news: dict[str, RequestOutput] = {}  # latest outputs that nobody has taken yet
+        self._pool = ThreadPoolExecutor(engine_config.preprocess_workers, "prepare")
 
     @property
     def tokenizer(self):
@@ -76,22 +80,27 @@ class LLM:
         params = _params_per_prompt(sampling_params, len(prompts))
         _check_on_error(on_error)
         outputs: list[Any] = [None] * len(prompts)
-        numbers: dict[str, int] = {}
-        upcoming = iter(enumerate(zip(prompts, params, strict=True)))
+        numbers: dict[str, int] = {}  # of the requests that run
+        upcoming = iter(enumerate(prompts))
+        ahead: collections.deque[tuple[int, Future]] = collections.deque()  # prompts that are being prepared
         window = 2 * self.engine.engine_config.max_num_seqs  # more would only hold their pixels in memory
         try:
-            with tqdm(total=len(prompts), desc="requests", disable=not use_tqdm) as bar:
+            with self._tracing(), tqdm(total=len(prompts), desc="requests", disable=not use_tqdm) as bar:
                 while True:
-                    for number, (prompt, param) in itertools.islice(upcoming, window - len(numbers)):
+                    for number, prompt in itertools.islice(upcoming, max(0, window - len(numbers) - len(ahead))):
+                        ahead.append((number, self._pool.submit(self.engine.prepare, prompt)))
+                    while ahead and (ahead[0][1].done() or not numbers):  # in order; nobody waits while others run
+                        number, future = ahead.popleft()
                         request_id = self._next_request_id()
-                        error = self._add(request_id, prompt, param)
-                        if error is None:
+                        try:
+                            self.engine.add_prepared(request_id, future.result(), params[number])
+                        except RequestError as error:
+                            if on_error == "raise":
+                                raise
+                            outputs[number] = _failed(request_id, prompts[number], error)
+                            bar.update()
+                        else:
                             numbers[request_id] = number
-                            continue
-                        if on_error == "raise":
-                            raise error
-                        outputs[number] = _failed(request_id, prompt, error)
-                        bar.update()
                     if not numbers:
                         if None not in outputs:
                             break
@@ -103,6 +112,8 @@ class LLM:
                             outputs[numbers.pop(request_id)] = output
                             bar.update()
         finally:
+            for _, future in ahead:
+                future.cancel()
             for request_id in numbers:
                 self._abort(request_id)
         return outputs
@@ -164,12 +175,21 @@ class LLM:
             self._abort(request_id)
 
     def describe(self) -> str:
-        """The model, and where its device's memory goes, as a short table."""
+        """The model, which attention runs, where the device's memory goes, and the programs that were compiled."""
         runner = self.engine.runner
         return (
             f"{self.model_config.model} on {jax.devices()[0].device_kind} ({jax.default_backend()}), "
-            f"{runner.num_pages} KV pages of {runner.page_size} tokens\n{runner.memory_budget()}"
+            f"{runner.num_pages} KV pages of {runner.page_size} tokens\n"
+            f"attention: {runner.attention_implementation}\n{runner.memory_budget()}\n\n{runner.programs.describe()}"
         )
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, times and the state of the caches since the start, as plain values.
+
+        `aphrodite_jax.engine.stats.EngineStats` tells what each is; times in seconds, each with its number, mean,
+        median, 99th percentile and maximum. ``prompt_tokens_cached`` stood in pages already.
+        """
+        return self.engine.describe_stats()
 
     def _generate_rendered(self, prompts, sampling_params, *, on_error, use_tqdm) -> list[RequestOutput]:
         """`generate` for a list in which errors stand in the places of prompts that could not be rendered."""
@@ -186,12 +206,9 @@ class LLM:
             outputs[i] = output
         return outputs
 
-    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RequestError | None:
-        try:
-            self.engine.add_request(request_id, prompt, params)
-        except RequestError as error:
-            return error
-        return None
+    def _tracing(self) -> contextlib.AbstractContextManager:
+        directory = self.engine.engine_config.trace_dir
+        return contextlib.nullcontext() if directory is None else jax.profiler.trace(directory)
 
     def _step(self) -> None:
         """Run the engine one step; calls of `generate` and `stream` that are nested keep each other's outputs."""

@@ -61,6 +61,16 @@ def test_generate_streams_the_answer_of_chat(model, pictures, capsys):
     assert captured.err == ""
 
 
+def test_stats_go_to_stderr_as_json(model, capsys):
+    assert (
+        status("generate", "--model", model, "--max-tokens", "2", "--stats", "--max-model-len", "64", "--raw", "w5")
+        == 0
+    )
+    stats = json.loads(capsys.readouterr().err)
+    assert stats["output_tokens"] == 2
+    assert stats["time_to_first_token"]["count"] == 1
+
+
 def test_batch_writes_answers_and_errors(model, pictures, tmp_path, capsys):
     def line(custom_id, **body):
         return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}

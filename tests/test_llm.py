@@ -2,10 +2,12 @@
 
 import itertools
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 from golden_files import read_golden
+from hypothesis import strategies as st
 from PIL import Image
 
 from aphrodite_jax import LLM, ModelConfig, SamplingParams
@@ -371,3 +373,74 @@ def test_describe_names_model_and_memory(llm, directory):
     text = llm.describe()
     assert str(directory) in text
     assert all(word in text for word in ("weights", "KV pages", "encoder cache", "forward"))
+    assert "attention: xla" in text
+    for program in llm.engine.runner.programs.table():
+        assert f"\n{program.name} " in text
+
+
+def test_stats_count_what_was_done(directory):
+    llm = make_llm(directory, warm_up=False)
+    prompts = [image_prompt(1), image_prompt(1), text_prompt(1, 20)]
+    lengths = [len(output.prompt_token_ids) for output in generate(llm, prompts)]
+    stats = llm.stats()
+    assert (stats["requests"], stats["finished"], stats["output_tokens"]) == (3, 3, 36)
+    assert stats["prompt_tokens"] == sum(lengths) == stats["prompt_tokens_computed"] + stats["prompt_tokens_cached"]
+    assert (stats["media_items"], stats["media_encoded"]) == (2, 1)
+    assert (stats["media_cache_hits"] + stats["media_cache_misses"], stats["pages_in_use"]) == (2, 0)
+    assert stats["time_to_first_token"]["count"] == 3
+    assert stats["time_between_tokens"]["count"] == 33
+    assert 0 < stats["plan"] < stats["step"]
+    assert stats["rows"] == stats["prompt_tokens_computed"] + 33
+    generate(llm, prompts)
+    again = llm.stats()
+    assert again["prompt_tokens_computed"] - stats["prompt_tokens_computed"] < sum(lengths) / 2
+    assert again["media_encoded"] == 1
+
+
+def test_a_trace_has_named_steps(directory, tmp_path):
+    generate(make_llm(directory, warm_up=False, trace_dir=str(tmp_path)), {"prompt": "w5"})
+    [trace] = tmp_path.rglob("*.xplane.pb")
+    assert b"engine step" in trace.read_bytes()
+
+
+# Whatever else runs, however prompts are cut, whatever the caches hold.
+
+
+@pytest.fixture(scope="module")
+def variants(directory):
+    """Engines that cut and share differently: small and large budgets and pages, with caches and without."""
+    sizes = [dict(max_num_batched_tokens=16, page_size=4), dict(max_num_batched_tokens=64, prefix_caching=False)]
+    return [make_llm(directory, warm_up=False, max_num_seqs=3, **size) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def alone(llm):
+    """Each of a few prompts, answered alone and with empty caches."""
+    prompts = [image_prompt(1), image_prompt(2), image_prompt(1, 2), text_prompt(1, 3), text_prompt(1, 37)]
+    prompts.append({"prompt_token_ids": text_prompt(1, 37)["prompt_token_ids"][:30]})
+    answers = []
+    for prompt in prompts:
+        llm.engine.reset_caches()
+        answers += tokens(generate(llm, prompt, ONE_BY_ONE))
+    return prompts, answers
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12), st.booleans()), min_size=1, max_size=7),
+    st.integers(0, 2),
+    st.booleans(),
+)
+@hypothesis.settings(deadline=None, max_examples=40)
+def test_a_greedy_request_has_the_same_answer_in_any_company(llm, variants, alone, requests, which, forget):
+    prompts, answers = alone
+    engine = [llm, *variants][which]
+    if forget:
+        engine.engine.reset_caches()
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, stop=("never said",) if one else ())
+        for _, length, one in requests
+    ]
+    outputs = generate(engine, [prompts[index] for index, _, _ in requests], params)
+    for output, (index, length, _) in zip(outputs, requests, strict=True):
+        assert output.outputs[0].token_ids == answers[index][:length]
+    assert is_idle(engine)

@@ -1,14 +1,17 @@
 """From what a user gave to a checked prompt: tokenize, process, map, check (all on the host).
 
-Whatever goes wrong here, a model author's function included, is the error of this request alone.
+Whatever goes wrong here, a model author's function included, is the error of this request alone. Several prompts may
+be prepared at a time, in threads.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.engine.media_cache import MediaCache
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
@@ -37,6 +40,7 @@ class PromptPreparer:
       vocab_size: token ids that the model knows; placeholder tokens may lie outside.
       max_tokens: of a prompt and one token of its answer, what the model and the caches hold.
       max_media_rows: of one prompt, what the encoder cache holds.
+      media_cache: mapped items of prompts before.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class PromptPreparer:
         vocab_size: int,
         max_tokens: int,
         max_media_rows: int,
+        media_cache: MediaCache,
     ):
         self._model_config = model_config
         self._tokenizer = tokenizer
@@ -57,6 +62,8 @@ class PromptPreparer:
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._max_media_rows = max_media_rows
+        self._media_cache = media_cache
+        self._tokenizer_lock = threading.Lock()  # a fast tokenizer refuses to serve two threads
         self._angles_depend_on_length = angles_depend_on_length(model_config.hf_text_config)
 
     def __call__(self, prompt: Prompt) -> PreparedPrompt:
@@ -103,7 +110,8 @@ class PromptPreparer:
                 raise RequestError("a prompt dict needs 'prompt' (text) or 'prompt_token_ids'")
             if self._tokenizer is None:
                 raise RequestError("no tokenizer is loaded: give prompt_token_ids")
-            token_ids = self._tokenizer(text)["input_ids"]
+            with self._tokenizer_lock:
+                token_ids = self._tokenizer(text)["input_ids"]
         token_ids = np.asarray(token_ids)
         if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
             raise RequestError(f"prompt_token_ids are whole numbers, got {token_ids.dtype}{list(token_ids.shape)}")
@@ -146,9 +154,12 @@ class PromptPreparer:
         return tuple(sorted(media, key=lambda item: item.placeholder.offset))
 
     def _map_item(self, modality: str, item, placeholder) -> MediaItem:
-        mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
-        mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
-        options = self._model_config.mm_processor_kwargs
+        item_hash = content_hash(item, {"modality": modality, **self._model_config.mm_processor_kwargs})
+        mm_kwargs = self._media_cache.get(item_hash)
+        if mm_kwargs is None:
+            mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
+            mm_kwargs = {name: np.array(array) for name, array in mm_kwargs.items()}
+            self._media_cache.put(item_hash, mm_kwargs)
         embeds = None
         if set(mm_kwargs) == {f"{modality}_embeds"}:
             embeds = mm_kwargs[f"{modality}_embeds"].reshape(-1, mm_kwargs[f"{modality}_embeds"].shape[-1])
@@ -162,7 +173,7 @@ class PromptPreparer:
             )
         return MediaItem(
             modality=modality,
-            content_hash=content_hash(item, {"modality": modality, **options}),
+            content_hash=item_hash,
             placeholder=placeholder,
             mm_kwargs=None if embeds is not None else mm_kwargs,
             embeds=embeds,

@@ -21,6 +21,7 @@ from aphrodite_jax.engine.admission import Prompt, PromptPreparer
 from aphrodite_jax.engine.block_manager import BlockManager
 from aphrodite_jax.engine.detokenizer import Detokenizer
 from aphrodite_jax.engine.encoder_cache import EncoderCache
+from aphrodite_jax.engine.media_cache import MediaCache
 from aphrodite_jax.engine.output import LogprobReader, request_output
 from aphrodite_jax.engine.profiling import media_examples, media_tokens_per_prompt
 from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
@@ -109,6 +110,7 @@ class AphroditeEngine:
         )
         self.stats = EngineStats()
         self._sent: collections.deque[_Sent] = collections.deque()
+        self.media_cache = MediaCache(engine_config.media_cache_memory)
         self._prepare = PromptPreparer(
             model_config,
             self.tokenizer,
@@ -117,6 +119,7 @@ class AphroditeEngine:
             vocab_size=self.runner.vocab_size,
             max_tokens=model_config.context_length,
             max_media_rows=self.runner.encoder_rows,
+            media_cache=self.media_cache,
         )
         self._logprobs = LogprobReader(self.tokenizer)
         self._requests: dict[str, _Request] = {}
@@ -137,10 +140,28 @@ class AphroditeEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         arrived = clock()
-        params = sampling_params or SamplingParams()
+        self._add(request_id, self.prepare(prompt), sampling_params, arrived)
+
+    def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """A prompt made ready for `add_prepared`; several threads may call this at a time, ahead of the device.
+
+        Raises:
+          RequestError: the prompt can't be served.
+        """
+        return self._prepare(prompt)
+
+    def add_prepared(
+        self, request_id: str, prepared: PreparedPrompt, sampling_params: SamplingParams | None = None
+    ) -> None:
+        """Queue a prompt that `prepare` made; Args and Raises as `add_request`."""
+        self._add(request_id, prepared, sampling_params, clock())
+
+    def _add(self, request_id: str, prepared: PreparedPrompt, params: SamplingParams | None, arrived: float) -> None:
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        params = params or SamplingParams()
         check_sampling_params(params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids))
         number, self._num_requests = self._num_requests, self._num_requests + 1
-        prepared = self._prepare(prompt)
         sequences = tuple(
             Sequence(
                 f"{request_id}/{index}",
@@ -184,6 +205,23 @@ class AphroditeEngine:
         """Whether `step` has something to do."""
         return bool(self._requests)
 
+    def describe_stats(self) -> dict[str, Any]:
+        """`EngineStats` as plain values, and how the caches are doing now."""
+        blocks, cache = self.scheduler.blocks, self.media_cache
+        return self.stats.as_dict(
+            {
+                "prompt_tokens_cached": self.scheduler.num_cached_tokens,
+                "preemptions": self.scheduler.num_preemptions,
+                "pages": blocks.num_pages,
+                "pages_in_use": blocks.num_pages - blocks.num_free_pages,
+                "media_cache_hits": cache.hits,
+                "media_cache_misses": cache.misses,
+                "media_cache_bytes": cache.num_bytes,
+                "programs": len(self.runner.programs.table()),
+                "late_compiles": self.runner.programs.late_compiles,
+            }
+        )
+
     def reset_caches(self) -> None:
         """Forget encoded media and pages that no running request needs; an idle engine is then as at the start."""
         self.scheduler.encoder_cache.discard_unpinned()
@@ -196,14 +234,19 @@ class AphroditeEngine:
 
     def step(self) -> list[RequestOutput]:
         """Send one step and take in the one before; the outputs of the requests that it moved on."""
+        with jax.profiler.StepTraceAnnotation("engine step", step_num=self.stats.steps):
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         begin = clock()
         waited, moved = self.stats.wait, []
         if self._sent and any(uses_history(sequence.params) for sequence in self.scheduler.running):
             moved += self._take_in()
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            self._sent.append(self._send(plan))
-        elif not self._sent and not moved and self._requests:
+        with jax.profiler.TraceAnnotation("plan and send"):
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self._sent.append(self._send(plan))
+        if plan is None and not self._sent and not moved and self._requests:
             raise RuntimeError(f"no step can be planned, though {len(self._requests)} requests wait")
         while len(self._sent) > (plan is not None):
             moved += self._take_in()
@@ -250,7 +293,8 @@ class AphroditeEngine:
         """Wait for the oldest step on the device and take its tokens; the sequences that have one more."""
         sent = self._sent.popleft()
         begin = clock()
-        tokens, details = jax.device_get((sent.tokens, sent.details))
+        with jax.profiler.TraceAnnotation("wait"):
+            tokens, details = jax.device_get((sent.tokens, sent.details))
         tokens = np.atleast_2d(tokens)
         self.stats.wait += clock() - begin
         moved = []

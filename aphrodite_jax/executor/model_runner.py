@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import kernels_pallas.platform
 from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor import memory
@@ -77,6 +78,7 @@ class ModelRunner:
         self.mask_specs = type(model).mask_specs(hf_config)
         self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens)
         self.page_size = engine_config.page_size
+        self.attention_implementation = kernels_pallas.platform.default()
         self.context_length = model_config.context_length
         self._max_pages = -(-self.context_length // self.page_size)
         self.programs = Programs(engine_config.on_recompile)

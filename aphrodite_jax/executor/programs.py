@@ -81,6 +81,17 @@ class Programs:
         """Every compiled program, by name."""
         return tuple(sorted(self._compiled.values(), key=lambda program: (program.name, str(program.key))))
 
+    def describe(self) -> str:
+        """A table: program, bucket, seconds to compile, bytes of temporary memory."""
+        rows = [("program", "bucket", "seconds", "temporary")]
+        rows += [(x.name, _short(x.key), f"{x.seconds:.2f}", f"{x.temp_bytes / 2**20:,.1f} MiB") for x in self.table()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{name:<{widths[0]}}  {key:<{widths[1]}}  {seconds:>{widths[2]}}  {size:>{widths[3]}}"
+            for name, key, seconds, size in rows
+        ]
+        return "\n".join(lines)
+
     def largest_temp_bytes(self, name: str) -> int:
         """Device memory of the hungriest program called ``name``, its arguments and results not counted."""
         return max((program.temp_bytes for program in self._compiled.values() if program.name == name), default=0)
@@ -91,6 +102,11 @@ class Programs:
         if self._on_recompile == "raise":
             raise RecompilationError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _short(key: Hashable) -> str:
+    text = str(key)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _lower(job: CompileJob):

@@ -1,10 +1,15 @@
 """The runner's paged, ragged, padded programs give what one plain call of the model gives."""
 
+import itertools
+
+import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from hypothesis import strategies as st
 
 from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import ConfigError, RecompilationError
@@ -12,7 +17,7 @@ from aphrodite_jax.executor.batch import Rows
 from aphrodite_jax.executor.model_runner import ModelRunner
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.models.mistral import MistralForCausalLM
-from kernels_pallas.intervals import RowIntervals, causal
+from kernels_pallas.intervals import RowIntervals, bidirectional_spans, causal, ends_cleanly
 
 CONFIG = transformers.MistralConfig(
     architectures=["MistralForCausalLM"], vocab_size=96, hidden_size=32, intermediate_size=64,
@@ -26,26 +31,48 @@ def model():
     return MistralForCausalLM(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
+def make_runner(model, directory, **options):
+    CONFIG.save_pretrained(directory)
+    options = dict(max_num_seqs=4, max_num_batched_tokens=64, on_recompile="raise", show_progress=False) | options
+    return ModelRunner(
+        model, ModelConfig(model=directory), EngineConfig(**options), media_budget=0, max_num_batched_tokens=64
+    )
+
+
 @pytest.fixture(scope="module")
 def runner(model, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("mistral")
-    CONFIG.save_pretrained(directory)
-    engine_config = EngineConfig(
-        max_num_seqs=4, page_size=8, max_num_batched_tokens=64, on_recompile="raise", show_progress=False
-    )
-    runner = ModelRunner(model, ModelConfig(model=directory), engine_config, media_budget=0, max_num_batched_tokens=64)
+    runner = make_runner(model, tmp_path_factory.mktemp("mistral"), page_size=8)
     runner.warm_up([], show_progress=False)
     return runner
 
 
-def plain_logits(model, tokens):
-    metadata = AttentionMetadata(intervals={"full": causal(len(tokens), window=CONFIG.sliding_window)})
-    hidden, _ = model(jnp.asarray(tokens), jnp.arange(len(tokens)), None, metadata)
-    return np.asarray(model.compute_logits(hidden))
+@pytest.fixture(scope="module")
+def runner_of_small_pages(model, tmp_path_factory):
+    return make_runner(model, tmp_path_factory.mktemp("mistral"), page_size=3)
 
 
-def rows(tokens, begin, end, pages, slot=-1):
-    whole = causal(len(tokens), window=CONFIG.sliding_window)
+LONGEST = 64
+
+
+@nnx.jit
+def _plain(model, tokens, start, stop):
+    """One call with no pages, padded to one length with rows that see nothing."""
+    metadata = AttentionMetadata(intervals={"full": RowIntervals(start, stop)})
+    hidden, _ = model(tokens, jnp.arange(LONGEST), None, metadata)
+    return model.compute_logits(hidden)
+
+
+def plain_logits(model, tokens, whole=None):
+    """Of every row; ``whole`` in place of the model's own mask."""
+    if whole is None:
+        whole = causal(len(tokens), window=CONFIG.sliding_window)
+    padded = [np.pad(np.asarray(x, np.int32), (0, LONGEST - len(tokens))) for x in (tokens, *whole)]
+    return np.asarray(_plain(model, *padded))[: len(tokens)]
+
+
+def rows(tokens, begin, end, pages, slot=-1, whole=None):
+    if whole is None:
+        whole = causal(len(tokens), window=CONFIG.sliding_window)
     return Rows(
         token_ids=tokens[begin:end],
         start=begin,
@@ -70,6 +97,47 @@ def test_ragged_prefill_then_decode_equals_one_plain_call(model, runner):
     np.testing.assert_allclose(logits[0], plain_logits(model, a)[36], atol=1e-5)
     np.testing.assert_allclose(logits[1], plain_logits(model, b)[8], atol=1e-5)
     assert runner.programs.late_compiles == 0
+
+
+@st.composite
+def cut_prompts(draw):
+    """A prompt's row intervals, with a window and spans, and where its chunks end: nowhere that a row sees past."""
+    length = draw(st.integers(2, 60))
+    cuts = sorted(draw(st.sets(st.integers(0, length), max_size=6)))
+    spans = [span for span in itertools.pairwise(cuts) if draw(st.booleans())]
+    whole = bidirectional_spans(causal(length, window=draw(st.sampled_from([None, 1, 7, 20]))), spans)
+    clean = (np.flatnonzero(ends_cleanly(whole.stop)) + 1).tolist()
+    ends = sorted({*draw(st.sets(st.sampled_from(clean))), length})
+    return whole, ends
+
+
+@hypothesis.given(st.lists(cut_prompts(), min_size=1, max_size=3), st.sampled_from(["runner", "runner_of_small_pages"]),
+                  st.integers(0, 2**16))  # fmt: skip
+@hypothesis.settings(
+    deadline=None, max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_any_chunks_give_the_logits_of_none(model, request, prompts, name, seed):
+    """Chunks of several requests side by side, in pages in random order, against one plain call for each."""
+    runner = request.getfixturevalue(name)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(runner.num_pages)
+    waiting = []
+    for whole, ends in prompts:
+        tokens = rng.integers(0, 96, len(whole.start)).astype(np.int32)
+        pages, order = np.split(order, [-(-len(tokens) // runner.page_size)])
+        wanted = plain_logits(model, tokens, whole)
+        chunks = [rows(tokens, a, b, pages, whole=whole) for a, b in itertools.pairwise([0, *ends])]
+        waiting.append([(chunk, wanted[chunk.start + len(chunk) - 1]) for chunk in chunks])
+    while any(waiting):
+        step, room = [], 64
+        for chunks in waiting:
+            if chunks and -(-len(chunks[0][0]) // 16) * 16 <= room:
+                room -= -(-len(chunks[0][0]) // 16) * 16
+                step.append(chunks.pop(0))
+        decode, prefill = ([x for x in step if (len(x[0]) == 1) == one] for one in (True, False))
+        logits, _, _ = runner.forward([x for x, _ in decode], [x for x, _ in prefill])
+        for row, (_, wanted) in enumerate([*decode, *prefill]):
+            np.testing.assert_allclose(logits[row], wanted, atol=2e-5)
 
 
 def test_decode_goes_on_with_the_tokens_on_the_device(model, runner):
@@ -121,8 +189,6 @@ def test_the_memory_table_counts_what_is_allocated(runner, model):
 
 
 def jnp_leaves(model):
-    import jax
-
     return jax.tree.leaves(nnx.state(model))
 
 
