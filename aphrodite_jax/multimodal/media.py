@@ -41,6 +41,8 @@ _NOT_OPENED = {
     "EPS",  # a program, which Pillow hands to Ghostscript
 }
 _PILLOW_LIMIT = threading.Lock()
+_LAZY_IMAGES = threading.Lock()
+"""Pillow reads the pixels of an opened file when they are wanted first, and fails if two threads want them at once."""
 
 
 def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
@@ -57,7 +59,7 @@ def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
     """
     limit = model_config.max_image_pixels
     if isinstance(source, Image.Image):
-        return _decode(source, limit, f"{source.mode} image")
+        return _decode(source, limit, f"{source.mode} image", loading=_LAZY_IMAGES)  # others may hold it too
     if isinstance(source, np.ndarray) or (hasattr(source, "__array__") and not isinstance(source, str | bytes)):
         return _decode(_from_array(np.asarray(source)), limit, "image array")
     if not isinstance(source, str | Path | bytes | bytearray | memoryview):
@@ -148,8 +150,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
 
 
-def _decode(image: Image.Image, limit: int, name: str) -> Image.Image:
-    """Check the size that the header tells, then load the pixels: upright, RGB, and a copy."""
+def _decode(image: Image.Image, limit: int, name: str, loading: threading.Lock | None = None) -> Image.Image:
+    """Check the size that the header tells, then load the pixels, holding ``loading``: upright, RGB, and a copy."""
     width, height = image.size
     if width * height > limit:
         raise MediaError(
@@ -158,7 +160,8 @@ def _decode(image: Image.Image, limit: int, name: str) -> Image.Image:
     if not width * height:
         raise MediaError(f"{name} has no pixels ({width} x {height})")
     try:
-        image.load()
+        with loading or contextlib.nullcontext():
+            image.load()
         return _to_rgb(ImageOps.exif_transpose(image))  # which copies
     except MediaError as error:
         raise MediaError(f"{name}: {error}") from error

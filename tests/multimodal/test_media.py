@@ -3,8 +3,11 @@
 import base64
 import io
 import struct
+import threading
+import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llava_files
@@ -436,3 +439,20 @@ def test_the_rotation_agrees_with_pillow(model_config):
     with Image.open(io.BytesIO(content)) as given:
         expected = np.asarray(ImageOps.exif_transpose(given))
     np.testing.assert_array_equal(opened(content, model_config), expected)
+
+
+def test_one_opened_file_in_several_threads(model_config, monkeypatch):
+    """Pillow reads its pixels when they are wanted first; here that takes a while, and all want them at once."""
+    pixels = noise(64, 64)
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(pixels))))
+    load_prepare = type(image).load_prepare
+    monkeypatch.setattr(type(image), "load_prepare", lambda self: time.sleep(0.05) or load_prepare(self))
+    start = threading.Barrier(6)
+
+    def opened_with_the_others(_):
+        start.wait()
+        return np.asarray(open_image(image, model_config))
+
+    with ThreadPoolExecutor(6) as pool:
+        for found in pool.map(opened_with_the_others, range(6)):
+            np.testing.assert_array_equal(found, pixels)
