@@ -46,17 +46,21 @@ def tpu_table(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def gpu_table(lines: Iterable[dict[str, Any]]) -> str:
-    """Kernel by card: registers a thread, bytes spilled, shared memory of a block."""
-    head = ["case", "card", "kernel", "registers", "spilled bytes", "shared memory"]
-    rows = []
-    for line in _in_order(lines):
+    """Pallas kernel by card: registers a thread, bytes spilled, shared memory of a block; XLA's own are left out."""
+    lines = _in_order(lines)
+    cards = list(dict.fromkeys(line["target"] for line in lines))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
         about = f"{line['case']}: {CASES[line['case']].about}"
         if "error" in line:
-            rows.append([about, line["target"], "fails", "", "", ""])
+            rows.setdefault((about, ""), {})[line["target"]] = "fails"
         for kernel in line.get("kernels", ()):
-            sizes = kernel["registers"], kernel["spill_bytes"], kernel["shared_memory_bytes"]
-            rows.append([about, line["target"], f"`{kernel['name']}`", *map(str, sizes)])
-    return _markdown(head, rows)
+            if "fusion" not in kernel["name"]:
+                sizes = kernel["registers"], kernel["spill_bytes"], kernel["shared_memory_bytes"]
+                cells = rows.setdefault((about, f"`{kernel['name']}`"), {})
+                cells[line["target"]] = " / ".join(f"{x:,}" for x in sizes)
+    head = ["case", "kernel", *(f"{card}: registers / spilled / shared" for card in cards)]
+    return _markdown(head, [[*names, *(cells.get(card, "-") for card in cards)] for names, cells in rows.items()])
 
 
 def measured_table(lines: Iterable[dict[str, Any]]) -> str:

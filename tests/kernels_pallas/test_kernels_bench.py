@@ -177,7 +177,7 @@ def test_write(tmp_path, capsys, monkeypatch):
     measured = json.dumps({"case": "a", "target": "gpu"} | numbers)
     kept.write_text("\n".join([captured.out, cards, measured]).replace("\n\n", "\n"))
     assert bench.main(["--write", str(page), "--lines", str(kept)]) == 1
-    assert f"| a: {about} | l4 | `k` | 99 | 0 | 1234 |" in page.read_text()
+    assert f"| a: {about} | `k` | 99 / 0 / 1,234 |" in page.read_text()
     assert f"| a: {about} | NVIDIA H200 | 0.200 | 300.1 / 100 | 0.100 (0.50x) | - |" in page.read_text()
     assert page.read_text().split("between")[0] == text.split("between")[0]
 
