@@ -84,9 +84,9 @@ def report(options, num_tokens: int, times: dict, equal: dict, where: dict) -> N
     }
     shares = {name: round(statistics.mean(found), 4) for name, found in equal.items()}
     print(f"{options.requests} requests, {num_tokens} tokens, checkpoint {options.checkpoint}; {where['processor']}")
-    print(f"{'engine at its best':44} {'tokens/s':>9} {'CPU s':>7} {'ours / it':>10} {'equal answers':>14}")
+    print(f"{'engine at its best':48} {'tokens/s':>9} {'CPU s':>7} {'ours / it':>10} {'equal answers':>14}")
     for name, run in best.items():
-        row = f"{run:44} {rates[name]:9.1f} {medians[name][run][1]:7.1f}"
+        row = f"{run:48} {rates[name]:9.1f} {medians[name][run][1]:7.1f}"
         print(f"{row} {ratios[name]:10.2f} {shares[name]:14.1%}" if name in ratios else row)
     result = {
         "benchmark": "offline_throughput",
