@@ -93,7 +93,8 @@ class LLM:
                         number, future = ahead.popleft()
                         request_id = self._next_request_id()
                         try:
-                            self.engine.add_prepared(request_id, future.result(), params[number])
+                            prepared = future.result()
+                            self.engine.add_prepared(request_id, prepared, params[number], incremental=False)
                         except RequestError as error:
                             if on_error == "raise":
                                 raise

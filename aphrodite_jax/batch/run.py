@@ -151,7 +151,7 @@ class _Group:
             self.custom_ids.add(custom_id)
             request = parse_request(value, self.job.defaults)
             prompt = self.llm.render_chat(request.source) if request.kind == "chat" else _prompt(request.source)
-            self.llm.engine.add_request(request_id, prompt, request.sampling_params)
+            self.llm.engine.add_request(request_id, prompt, request.sampling_params, incremental=False)
         except Exception as error:  # what a line's content brings about is that line's error, and written
             self.ready[line.number] = refusal_line(line.number, custom_id, refusal_of(error))
         else:

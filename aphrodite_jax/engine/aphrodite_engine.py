@@ -59,6 +59,7 @@ class _Request:
     params: SamplingParams
     sequences: tuple[Sequence, ...]
     prompt_logprobs: list | None = None
+    incremental: bool = True
     arrived: float = 0.0
     last_token: float | None = None  # when it came, of any of the sequences
 
@@ -127,12 +128,21 @@ class AphroditeEngine:
 
     # Requests.
 
-    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        incremental: bool = True,
+    ) -> None:
         """Prepare a prompt and queue it.
 
         Args:
           request_id: names the request's outputs; not in use.
           prompt: text, or a dict with ``prompt`` or ``prompt_token_ids``, and ``multi_modal_data``.
+          incremental: whether `step` gives an output each time the request has moved on; else once, at its end, which
+            spares the text in between.
 
         Raises:
           RequestError: this request can't be served; the engine and all others go on.
@@ -140,7 +150,7 @@ class AphroditeEngine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         arrived = clock()
-        self._add(request_id, self.prepare(prompt), sampling_params, arrived)
+        self._add(request_id, self.prepare(prompt), sampling_params, arrived, incremental)
 
     def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """A prompt made ready for `add_prepared`; several threads may call this at a time, ahead of the device.
@@ -151,12 +161,24 @@ class AphroditeEngine:
         return self._prepare(prompt)
 
     def add_prepared(
-        self, request_id: str, prepared: PreparedPrompt, sampling_params: SamplingParams | None = None
+        self,
+        request_id: str,
+        prepared: PreparedPrompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        incremental: bool = True,
     ) -> None:
         """Queue a prompt that `prepare` made; Args and Raises as `add_request`."""
-        self._add(request_id, prepared, sampling_params, clock())
+        self._add(request_id, prepared, sampling_params, clock(), incremental)
 
-    def _add(self, request_id: str, prepared: PreparedPrompt, params: SamplingParams | None, arrived: float) -> None:
+    def _add(
+        self,
+        request_id: str,
+        prepared: PreparedPrompt,
+        params: SamplingParams | None,
+        arrived: float,
+        incremental: bool,
+    ) -> None:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         params = params or SamplingParams()
@@ -185,6 +207,7 @@ class AphroditeEngine:
             params=params,
             sequences=sequences,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            incremental=incremental,
             arrived=arrived,
         )
         self.stats.requests += 1
@@ -260,7 +283,6 @@ class AphroditeEngine:
 
     def _send(self, plan: Plan) -> _Sent:
         """Start the programs of a step."""
-        self._count(plan)
         self._encode(plan)
         plain = all(is_plain_greedy(chunk.sequence.params) for chunk in plan.chunks if chunk.samples)
         if plain and not plan.prefill and all(c.begin >= c.sequence.prompt_length for c in plan.decode):
@@ -271,10 +293,12 @@ class AphroditeEngine:
                 [self.scheduler.blocks.block_table(sequence.sequence_id) for sequence in sequences],
                 plan.num_steps,
             )
+            self._count(plan, self.runner.num_greedy_rows(len(sequences)) * plan.num_steps)
             self.scheduler.sent(plan)
             return _Sent(plan=plan, tokens=tokens)
         decode, prefill = ([self._rows(chunk) for chunk in chunks] for chunks in (plan.decode, plan.prefill))
         logits, hidden, offsets = self.runner.forward(decode, prefill)
+        self._count(plan, self.runner.num_rows(decode, prefill))
         for chunk, offset in zip(plan.prefill, offsets, strict=True):
             self._take_prompt_logprobs(chunk, hidden, offset)
         sent = _Sent(plan=plan)
@@ -309,16 +333,14 @@ class AphroditeEngine:
             self.scheduler.publish(sequence)
         return moved
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: Plan, num_rows: int) -> None:
+        """``num_rows`` are those that the device computes, padding included."""
         stats = self.stats
-        decode, prefill, _ = self.runner.buckets.shape(
-            len(plan.decode), sum(-(-len(chunk) // TILE_SIZE) * TILE_SIZE for chunk in plan.prefill)
-        )
         rows = sum(map(len, plan.chunks)) + len(plan.decode) * (plan.num_steps - 1)
         stats.steps += 1
         stats.decode_steps += plan.num_steps * bool(plan.decode)
         stats.rows += rows
-        stats.padded_rows += prefill + decode * plan.num_steps - rows
+        stats.padded_rows += num_rows - rows
         for chunk in plan.chunks:
             sequence = chunk.sequence
             in_prompt = max(0, min(chunk.end, sequence.prompt_length) - chunk.begin)
@@ -427,11 +449,15 @@ class AphroditeEngine:
         )
 
     def _collect(self, moved: list[Sequence]) -> list[RequestOutput]:
-        request_ids = dict.fromkeys(sequence.sequence_id.rpartition("/")[0] for sequence in moved)
-        outputs = [self._output(self._requests[request_id]) for request_id in request_ids]
-        for output in outputs:
-            if output.finished:
-                del self._requests[output.request_id]
+        """Outputs of the requests that have a token more; of those that nobody watches, when they are finished."""
+        outputs = []
+        for request_id in dict.fromkeys(sequence.sequence_id.rpartition("/")[0] for sequence in moved):
+            request = self._requests[request_id]
+            finished = all(sequence.status is SequenceStatus.FINISHED for sequence in request.sequences)
+            if finished or request.incremental:
+                outputs.append(self._output(request))
+            if finished:
+                del self._requests[request_id]
                 self.stats.finished += 1
         return outputs
 

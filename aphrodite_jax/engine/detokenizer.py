@@ -25,7 +25,8 @@ class Detokenizer:
     """The text of one growing answer.
 
     At its end the text equals ``tokenizer.decode(tokens, skip_special_tokens=...,
-    clean_up_tokenization_spaces=False)``, cut before the stop string that was hit.
+    clean_up_tokenization_spaces=False)``, cut before the stop string that was hit. Where no stop string is looked for,
+    tokens become text only when somebody asks for it: all at once, for an answer that nobody watches.
 
     Args:
       tokenizer: a fast tokenizer of transformers.
@@ -37,6 +38,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
+        self._unread: list[int] = []
         self._window: list[int] = []
         self._decoded = ""  # the window's text, but for the byte run at its end
         self._sent = 0  # characters of it that went on to the text
@@ -48,6 +50,8 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """What is sure not to change: no unfinished character, and while running no beginning of a stop string."""
+        while self._unread:
+            self._read(self._unread.pop(0))
         return self._text
 
     def append(self, token: int) -> str | None:
@@ -58,6 +62,12 @@ class Detokenizer:
         """
         if self._ended:
             raise RuntimeError("a token came after the end of the answer")
+        if not self._stop:
+            self._unread.append(token)
+            return None
+        return self._read(token)
+
+    def _read(self, token: int) -> str | None:
         byte = self._byte(token)
         if byte is not None:
             return self._append_byte(token, byte)
@@ -78,6 +88,9 @@ class Detokenizer:
     def finish(self) -> str:
         """End the answer; its final text."""
         if not self._ended:
+            if self._unread and not self._window and not self._text:
+                self._window, self._unread = self._unread, []  # nothing was read yet
+            _ = self.text
             self._ended = True
             self._text += self._held + self._decode(self._window)[self._sent :]
         return self._text

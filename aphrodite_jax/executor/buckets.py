@@ -16,11 +16,14 @@ class Buckets:
     """Sizes, ascending: rows of prompts in a step, rows of decode, items of an encode step.
 
     A step has one of ``decode_requests`` rows of decode and no prompts, or one of ``prefill_tokens`` rows of prompts
-    and either no rows of decode or room for all of them: a few programs where all pairs would be many.
+    and either no rows of decode or room for all of them: a few programs where all pairs would be many. Where all
+    requests are greedy and none has a prompt to compute, one program does all, and its sizes, ``greedy_requests``, are
+    finer.
     """
 
     prefill_tokens: tuple[int, ...]
     decode_requests: tuple[int, ...]
+    greedy_requests: tuple[int, ...]
     encode_items: tuple[int, ...]
 
     def prefill_requests(self, tokens: int) -> int:
@@ -44,7 +47,7 @@ class Buckets:
 
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
-    """Powers of two up to each maximum, the maximum itself at the end; rows of decode in finer steps from 16 on.
+    """Powers of two up to each maximum, the maximum itself at the end; greedy requests in finer steps from 16 on.
 
     Raises:
       ConfigError: the token budget is below one tile.
@@ -54,7 +57,8 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
     largest = max_num_batched_tokens // TILE_SIZE * TILE_SIZE
     return Buckets(
         prefill_tokens=_doubling(min(4 * TILE_SIZE, largest), largest),
-        decode_requests=_fine(max_num_seqs),
+        decode_requests=_doubling(1, max_num_seqs),
+        greedy_requests=_fine(max_num_seqs),
         encode_items=_doubling(1, min(MAX_ENCODE_ITEMS, max_num_seqs)),
     )
 

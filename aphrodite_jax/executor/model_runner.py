@@ -104,7 +104,7 @@ class ModelRunner:
             for width in (0, self.context_length)  # without and with penalties
         ]
         jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
-        jobs += [self._decode_job(*self._decode_arrays((), (), ()), 1, n) for n in self.buckets.decode_requests]
+        jobs += [self._decode_job(*self._decode_arrays((), (), ()), 1, n) for n in self.buckets.greedy_requests]
         for example in media_examples:
             for items in self.buckets.encode_items:
                 arrays = {name: np.repeat(array, items, axis=0) for name, array in example.items()}
@@ -169,11 +169,10 @@ class ModelRunner:
           logits ``[R, V]`` of each request's last row, hidden states ``[T, D]`` of prefill rows, and where each
           prefill request's rows begin among these.
         """
-        needed = sum(-(-len(r) // TILE_SIZE) * TILE_SIZE for r in prefill)
-        num_decode, num_prefill, num_requests = self.buckets.shape(len(decode), needed)
-        batch, offsets = self._build(decode, prefill, num_decode, num_prefill, num_requests)
+        shape = self._batch_shape(decode, prefill)
+        batch, offsets = self._build(decode, prefill, *shape)
         logits, hidden, self._kv_caches = self.programs.run(self._forward_job(batch))
-        return logits, hidden, offsets[len(decode) :] - num_decode
+        return logits, hidden, offsets[len(decode) :] - shape[0]
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], pages: Sequence[np.ndarray], num_steps: int
@@ -237,7 +236,7 @@ class ModelRunner:
         return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
 
     def _decode_job(self, slots, positions, tables, num_steps: int, size: int | None = None) -> CompileJob:
-        size = round_up(len(slots), self.buckets.decode_requests) if size is None else size
+        size = self.num_greedy_rows(len(slots)) if size is None else size
         padding = size - len(slots)
         arrays = (
             np.pad(slots, (0, padding), constant_values=self.num_slots),
@@ -331,6 +330,18 @@ class ModelRunner:
         return CompileJob(name="prompt_logprobs", key=hidden.shape[0], fn=run, args=args)
 
     # Shapes and sizes.
+
+    def num_rows(self, decode: Sequence[Rows], prefill: Sequence[Rows]) -> int:
+        """Rows that `forward` computes for these, padding included."""
+        num_decode, num_prefill, _ = self._batch_shape(decode, prefill)
+        return num_decode + num_prefill
+
+    def num_greedy_rows(self, num_requests: int) -> int:
+        """Rows that a step of `decode` computes for so many requests, padding included."""
+        return round_up(num_requests, self.buckets.greedy_requests)
+
+    def _batch_shape(self, decode: Sequence[Rows], prefill: Sequence[Rows]) -> tuple[int, int, int]:
+        return self.buckets.shape(len(decode), sum(-(-len(r) // TILE_SIZE) * TILE_SIZE for r in prefill))
 
     def _build(self, decode, prefill, num_decode, num_prefill, num_requests):
         return build_batch(

@@ -28,7 +28,8 @@ class FakeEngine:
     def reset_caches(self):
         self.num_encoded = 0
 
-    def add_request(self, request_id, prompt, sampling_params):
+    def add_request(self, request_id, prompt, sampling_params, *, incremental):
+        assert not incremental, "nobody reads a batch's answers before they are finished"
         prompt = prompt if isinstance(prompt, dict) else {"prompt": prompt}
         text = prompt.get("prompt") or str(prompt["prompt_token_ids"])
         if "broken image" in text:

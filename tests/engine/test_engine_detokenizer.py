@@ -98,6 +98,18 @@ def test_a_text_stays_true_wherever_the_answer_ends(answer):
         assert all(whole.startswith(text) for text in texts)
 
 
+@hypothesis.given(answers(), st.integers(1, 40))
+@settings
+def test_it_does_not_matter_when_the_text_is_asked_for(answer, every):
+    name, tokens = answer
+    detokenizer = Detokenizer(TOKENIZERS[name], skip_special_tokens=True, stop=())
+    for i, token in enumerate(tokens, start=1):
+        detokenizer.append(token)
+        if i % every == 0:
+            assert decode(name, tokens[:i]).startswith(detokenizer.text)
+    assert detokenizer.finish() == decode(name, tokens)
+
+
 @hypothesis.given(answers())
 @settings
 def test_nothing_waits_but_one_unfinished_character_or_a_run_of_bytes(answer):
