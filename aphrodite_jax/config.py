@@ -160,7 +160,6 @@ class EngineConfig:
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
-      media_cache_memory: bytes of processed media kept on the host, as a number or text.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
@@ -177,7 +176,6 @@ class EngineConfig:
     memory_fraction: float = 0.9
     encoder_cache_tokens: int | None = None
     prefix_caching: bool = True
-    media_cache_memory: Any = "256MiB"  # int once built
     preprocess_workers: int = 2
     warm_up: bool = True
     on_recompile: str = "warn"
@@ -205,7 +203,6 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
-        object.__setattr__(self, "media_cache_memory", _bytes(self.media_cache_memory))
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from aphrodite_jax.config import ModelConfig
-from aphrodite_jax.engine.media_cache import MediaCache
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
@@ -40,7 +39,6 @@ class PromptPreparer:
       vocab_size: token ids that the model knows; placeholder tokens may lie outside.
       max_tokens: of a prompt and one token of its answer, what the model and the caches hold.
       max_media_rows: of one prompt, what the encoder cache holds.
-      media_cache: mapped items of prompts before.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class PromptPreparer:
         vocab_size: int,
         max_tokens: int,
         max_media_rows: int,
-        media_cache: MediaCache,
     ):
         self._model_config = model_config
         self._tokenizer = tokenizer
@@ -62,7 +59,6 @@ class PromptPreparer:
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._max_media_rows = max_media_rows
-        self._media_cache = media_cache
         self._tokenizer_lock = threading.Lock()  # a fast tokenizer refuses to serve two threads
         self._angles_depend_on_length = angles_depend_on_length(model_config.hf_text_config)
 
@@ -154,12 +150,9 @@ class PromptPreparer:
         return tuple(sorted(media, key=lambda item: item.placeholder.offset))
 
     def _map_item(self, modality: str, item, placeholder) -> MediaItem:
-        item_hash = content_hash(item, {"modality": modality, **self._model_config.mm_processor_kwargs})
-        mm_kwargs = self._media_cache.get(item_hash)
-        if mm_kwargs is None:
-            mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
-            mm_kwargs = {name: np.array(array) for name, array in mm_kwargs.items()}
-            self._media_cache.put(item_hash, mm_kwargs)
+        mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
+        mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
+        options = self._model_config.mm_processor_kwargs
         embeds = None
         if set(mm_kwargs) == {f"{modality}_embeds"}:
             embeds = mm_kwargs[f"{modality}_embeds"].reshape(-1, mm_kwargs[f"{modality}_embeds"].shape[-1])
@@ -173,7 +166,7 @@ class PromptPreparer:
             )
         return MediaItem(
             modality=modality,
-            content_hash=item_hash,
+            content_hash=content_hash(item, {"modality": modality, **options}),
             placeholder=placeholder,
             mm_kwargs=None if embeds is not None else mm_kwargs,
             embeds=embeds,

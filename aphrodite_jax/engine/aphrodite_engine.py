@@ -21,7 +21,6 @@ from aphrodite_jax.engine.admission import Prompt, PromptPreparer
 from aphrodite_jax.engine.block_manager import BlockManager
 from aphrodite_jax.engine.detokenizer import Detokenizer
 from aphrodite_jax.engine.encoder_cache import EncoderCache
-from aphrodite_jax.engine.media_cache import MediaCache
 from aphrodite_jax.engine.output import LogprobReader, request_output
 from aphrodite_jax.engine.profiling import media_examples, media_tokens_per_prompt
 from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
@@ -111,7 +110,6 @@ class AphroditeEngine:
         )
         self.stats = EngineStats()
         self._sent: collections.deque[_Sent] = collections.deque()
-        self.media_cache = MediaCache(engine_config.media_cache_memory)
         self._prepare = PromptPreparer(
             model_config,
             self.tokenizer,
@@ -120,7 +118,6 @@ class AphroditeEngine:
             vocab_size=self.runner.vocab_size,
             max_tokens=model_config.context_length,
             max_media_rows=self.runner.encoder_rows,
-            media_cache=self.media_cache,
         )
         self._logprobs = LogprobReader(self.tokenizer)
         self._requests: dict[str, _Request] = {}
@@ -230,16 +227,13 @@ class AphroditeEngine:
 
     def describe_stats(self) -> dict[str, Any]:
         """`EngineStats` as plain values, and how the caches are doing now."""
-        blocks, cache = self.scheduler.blocks, self.media_cache
+        blocks = self.scheduler.blocks
         return self.stats.as_dict(
             {
                 "prompt_tokens_cached": self.scheduler.num_cached_tokens,
                 "preemptions": self.scheduler.num_preemptions,
                 "pages": blocks.num_pages,
                 "pages_in_use": blocks.num_pages - blocks.num_free_pages,
-                "media_cache_hits": cache.hits,
-                "media_cache_misses": cache.misses,
-                "media_cache_bytes": cache.num_bytes,
                 "programs": len(self.runner.programs.table()),
                 "late_compiles": self.runner.programs.late_compiles,
             }
