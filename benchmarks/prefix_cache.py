@@ -1,6 +1,6 @@
 """Eight questions about each of 16 images behind one long system prompt, with and without the caches of prefixes.
 
-    python benchmarks/prefix_cache.py                          # about a minute after start-up
+    python benchmarks/prefix_cache.py                          # about five minutes
     python benchmarks/prefix_cache.py --system-prompt 1024 --questions 4 --images 32
 
 Requests are handed over at once, image after image. The two engines differ in ``LLM(prefix_caching=...)`` alone. Each

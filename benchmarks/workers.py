@@ -109,10 +109,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
 
-    def _ask(self, line: dict) -> dict:
+    def _ask(self, question: dict) -> dict:
         with suppress(BrokenPipeError):  # then there is no answer either
-            print(json.dumps(line), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the process ended"}')
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            answer = json.loads(line)
+        else:
+            answer = {"error": f"the process ended with status {self.process.wait()}"}
         if "error" in answer:
             tail = "\n".join(self.log.read_text().splitlines()[-20:])
             raise RuntimeError(f"{self.name}: {answer['error']}; the end of {self.log}:\n{tail}")
