@@ -29,7 +29,7 @@ def default() -> str:
 
 def capability() -> int | None:
     """Major CUDA compute capability of the device that JAX uses by default; None where it is no NVIDIA GPU."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(device, jax.Device):  # none is set, or a platform's name
         device = jax.local_devices()[0]
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "gfx90a" on ROCm

@@ -8,6 +8,7 @@ array; pages with keys and values apart.
 
 # What a case has depends on its kind, which the names of cases tell and types do not.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false
 
 import time
 from collections.abc import Callable

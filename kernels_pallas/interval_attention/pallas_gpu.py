@@ -77,8 +77,8 @@ BLOCKS_HOPPER = BLOCKS | {
 """The same from Hopper on: the fastest of 5 to 12 candidates each, timed on an H200 with jax 0.11.2.
 
 What counts is 64 rows for each four warps, a warp group's product: 64 rows with eight warps took 1.9 to 2.2 times as
-long. Forward at 128: (64, 64, 4, 3) took 1.10 times as long, (128, 64, 8, 3) 1.04, (128, 64, 8, 2) 1.20. By query at 256
-the fastest spills 1.3 kB; what spills nothing, (64, 32, 8, 2), took 1.7 times as long.
+long. Forward at 128: (64, 64, 4, 3) took 1.10 times as long, (128, 64, 8, 3) 1.04, (128, 64, 8, 2) 1.20. By query at
+256 the fastest spills 1.3 kB; what spills nothing, (64, 32, 8, 2), took 1.7 times as long.
 """
 
 
