@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -231,6 +232,10 @@ def load_reference(directory: Path) -> torch.nn.Module:
     return model.eval()
 
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls keys and values of the tokens before; "cache" from 5.24 on."""
+
+
 @torch.no_grad()
 def run_reference(directory: Path, prompt: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
     """Prefill logits ``[T, V]``, greedy tokens, and the least margin of a greedy choice.
@@ -249,7 +254,7 @@ def run_reference(directory: Path, prompt: dict[str, np.ndarray]) -> tuple[np.nd
         best = torch.topk(last, 2).values
         margin = min(margin, float(best[0] - best[1]))
         tokens.append(int(last.argmax()))
-        out = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=torch.tensor([[tokens[-1]]]), use_cache=True, **{CACHE: out[CACHE]})
     return logits, np.array(tokens, np.int32), margin
 
 
