@@ -403,7 +403,7 @@ def test_a_trace_has_named_steps(directory, tmp_path):
     """In a process of its own: beside PyTorch, which other tests import, JAX's profiler can end the process."""
     code = (
         "from aphrodite_jax import LLM, SamplingParams\n"
-        f"llm = LLM({str(directory)!r}, max_model_len=64, warm_up=False, show_progress=False, trace_dir={str(tmp_path)!r})\n"
+        f"llm = LLM({str(directory)!r}, max_model_len=64, warm_up=False, trace_dir={str(tmp_path)!r})\n"
         "llm.generate('w5', SamplingParams(max_tokens=3), use_tqdm=False, on_error='raise')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
