@@ -438,7 +438,7 @@ def alone(llm):
     st.integers(0, 2),
     st.booleans(),
 )
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 def test_a_greedy_request_has_the_same_answer_in_any_company(llm, variants, alone, requests, which, forget):
     prompts, answers = alone
     engine = [llm, *variants][which]

@@ -211,7 +211,7 @@ def prompts(draw):
     st.booleans(),
     st.data(),
 )
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(deadline=None, max_examples=120)
 def test_everything_is_computed_with_all_it_needs_and_nothing_leaks(
     requests, num_pages, max_num_seqs, ahead, max_decode_steps, prefix_caching, data
 ):
