@@ -58,7 +58,8 @@ class EngineStats:
       steps, decode_steps: programs sent, and tokens of each request that their decode parts made.
       rows, padded_rows: rows of the programs that were a token's, and those that filled buckets up.
       plan, wait, step: seconds in which the host planned and prepared, waited for the device, and both together.
-      time_to_first_token, time_between_tokens: seconds, of each request and of each token after the first.
+      time_to_first_token, time_between_tokens: seconds, of each request and of each token after the first. A request
+        counts from `AphroditeEngine.add_request`, or from `add_prepared`, when its preparation is over.
     """
 
     requests: int = 0
