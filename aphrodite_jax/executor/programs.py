@@ -1,7 +1,4 @@
-"""Device programs: compiled ahead of time for declared shapes, and counted when they are not.
-
-This is the only module of the package that calls ``jax.jit``.
-"""
+"""Device programs: compiled ahead of time for declared shapes, and counted when they are not."""
 
 import dataclasses
 import time

@@ -8,6 +8,7 @@ the proportional one, which turns a part of each head.
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -18,6 +19,7 @@ from aphrodite_jax.errors import ConfigError
 __all__ = ["RotaryTable", "angles_depend_on_length", "apply_rotary", "rotary_table"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RotaryTable:
     """Cosine and sine of each row's angles, ``[T, rotary_dim / 2]``, float32."""

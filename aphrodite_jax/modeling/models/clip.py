@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
+from aphrodite_jax.modeling.layers.stack import call_layer
 
 __all__ = ["CLIPVisionModel", "VisionEncoder", "check_image_size"]
 
@@ -80,7 +81,7 @@ class VisionEncoder(nnx.Module):
         wanted = [index % count for index in layers]
         states = [x]
         for layer in self.layers[: max(wanted)]:
-            states.append(layer(states[-1]))
+            states.append(call_layer(layer, states[-1]))
         return tuple(states[index] for index in wanted)
 
 

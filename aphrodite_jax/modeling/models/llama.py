@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary, rotary_table
+from aphrodite_jax.modeling.layers.stack import call_layer
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 
@@ -103,7 +104,7 @@ class LlamaModel(nnx.Module):
         new_caches = []
         for index, layer in enumerate(self.layers):
             cache = None if kv_caches is None else kv_caches[index]
-            x, cache = layer(x, rotary, cache, metadata)
+            x, cache = call_layer(layer, x, rotary, cache, metadata)
             new_caches.append(cache)
         return self.norm(x), None if kv_caches is None else tuple(new_caches)
 
