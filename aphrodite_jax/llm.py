@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ from tqdm import tqdm
 from aphrodite_jax.config import EngineConfig, ModelConfig, default_compilation_cache_dir
 from aphrodite_jax.engine import AphroditeEngine
 from aphrodite_jax.engine.admission import Prompt
+from aphrodite_jax.engine.sequence import PreparedPrompt
 from aphrodite_jax.errors import ConfigError, RequestError
+from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS
 from aphrodite_jax.inputs import render_chat
 from aphrodite_jax.outputs import RequestOutput
 from aphrodite_jax.sampling_params import SamplingParams
@@ -106,7 +108,9 @@ class LLM:
                         if None not in outputs:
                             break
                         continue  # all of this window failed
-                    self._step()
+                    # Nobody can join a step: all who wait are in the engine, or it has no room for more.
+                    full = len(numbers) >= self.engine.engine_config.max_num_seqs
+                    self._step(1 if ahead and not full else MAX_DECODE_STEPS)
                     for request_id in list(numbers):
                         output = self._news.pop(request_id, None)
                         if output is not None and output.finished:
@@ -175,6 +179,14 @@ class LLM:
         finally:
             self._abort(request_id)
 
+    def prepare_later(self, make_prompt: Callable[[], Prompt]) -> Future[PreparedPrompt]:
+        """Begin to prepare a prompt for `AphroditeEngine.add_prepared` in one of ``preprocess_workers`` threads.
+
+        Args:
+          make_prompt: gives the prompt, in that thread: opening its media may take a while.
+        """
+        return self._pool.submit(lambda: self.engine.prepare(make_prompt()))
+
     def describe(self) -> str:
         """The model, which attention runs, where the device's memory goes, and the programs that were compiled."""
         runner = self.engine.runner
@@ -211,9 +223,9 @@ class LLM:
         directory = self.engine.engine_config.trace_dir
         return contextlib.nullcontext() if directory is None else jax.profiler.trace(directory)
 
-    def _step(self) -> None:
+    def _step(self, max_decode_steps: int = 1) -> None:
         """Run the engine one step; calls of `generate` and `stream` that are nested keep each other's outputs."""
-        for output in self.engine.step():
+        for output in self.engine.step(max_decode_steps):
             self._news[output.request_id] = output
 
     def _abort(self, request_id: str) -> None:

@@ -1,10 +1,13 @@
 """The Python of README and guide runs as it stands there."""
 
+import functools
 import re
 import warnings
 from pathlib import Path
 
 import pytest
+
+import aphrodite_jax
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,8 +27,10 @@ def run(page: str) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
+def as_a_reader(monkeypatch):
+    """From the root of the repository; programs are compiled when they are needed, which takes less time."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(aphrodite_jax, "LLM", functools.partial(aphrodite_jax.LLM, warm_up=False))
 
 
 def test_the_readme(capsys):

@@ -246,9 +246,15 @@ def test_a_stream_grows_to_the_answer(llm):
     assert tokens(pieces[-1:]) == tokens(generate(llm, image_prompt(1)))
 
 
-def test_a_stream_whose_end_is_known_comes_several_tokens_at_a_time(llm):
+def test_a_stream_comes_token_by_token_and_a_list_several_at_a_time(llm):
     counts = [len(piece.outputs[0].token_ids) for piece in llm.stream(image_prompt(1), GREEDY)]
-    assert counts == [1, 9, 12]
+    assert counts == list(range(1, 13))
+    for params, steps in ((GREEDY, 3), (ONE_BY_ONE, 12)):  # the prompt, and then 8 and 3 tokens, or one each
+        before = llm.stats()["steps"]
+        generate(llm, image_prompt(1), params)
+        assert llm.stats()["steps"] - before == steps
+    with pytest.raises(ValueError, match="from 1 to 8, got 9"):
+        llm.engine.step(9)
 
 
 def test_a_stream_that_is_left_frees_its_pages(llm):

@@ -8,9 +8,12 @@ undisturbed run.
 """
 
 import collections
+import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,9 @@ from aphrodite_jax.batch.job import BatchReport, Job, open_job
 from aphrodite_jax.batch.lines import Line, read_lines
 from aphrodite_jax.batch.refusal import Refusal, refusal_of
 from aphrodite_jax.batch.requests import BatchRequest, custom_id_of, decode_line, parse_request
+from aphrodite_jax.engine.sequence import PreparedPrompt
 from aphrodite_jax.errors import BatchError
+from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS
 from aphrodite_jax.outputs import RequestOutput
 
 if TYPE_CHECKING:
@@ -65,7 +70,8 @@ def run_batch(
 def answer_job(llm: "LLM", job: Job, *, show_progress: bool = True) -> BatchReport:
     """Answer the rest of an open job.
 
-    Requests go to the engine as others finish, twice as many as it runs at a time, in the order of the input.
+    Requests go to the engine as others finish, twice as many as it runs at a time, in the order of the input; as many
+    more are prepared meanwhile.
 
     Raises:
       BatchError: the output can't be written, the input changed while it was read, or the engine has other
@@ -105,15 +111,26 @@ def answer_job(llm: "LLM", job: Job, *, show_progress: bool = True) -> BatchRepo
     return job.report()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Taken:
+    """A request whose prompt is being prepared."""
+
+    number: int
+    request: BatchRequest
+    prompt: Future[PreparedPrompt]
+
+
 class _Group:
     """Lines that run from an idle engine to an idle engine.
 
-    ``turn`` holds the numbers of the lines that were taken and not yet given out, first to last; ``ready`` the
-    output lines of some of them.
+    ``ahead`` are requests whose prompts are being prepared, which threads do; they start in the order of the input and
+    each is waited for, so that threads don't decide what a step holds. ``turn`` holds the numbers of the lines that
+    were taken and not yet given out, first to last; ``ready`` the output lines of some of them.
     """
 
     def __init__(self, llm: "LLM", job: Job, custom_ids: set[str | None]):
         self.llm, self.job, self.custom_ids = llm, job, custom_ids
+        self.ahead: collections.deque[_Taken] = collections.deque()
         self.in_flight: dict[str, tuple[int, BatchRequest]] = {}
         self.turn: collections.deque[int] = collections.deque()
         self.ready: dict[int, OutputLine] = {}
@@ -125,24 +142,32 @@ class _Group:
         window = 2 * engine.engine_config.max_num_seqs
         try:
             while True:
-                taken = list(itertools.islice(lines, window - len(self.in_flight)))
-                for line in taken:
-                    self.take(line)
+                self.take(lines, 2 * window)
+                while self.ahead and len(self.in_flight) < window:
+                    self.start(self.ahead.popleft())
+                    self.take(lines, 2 * window)
                 yield self.finished()
                 if self.in_flight:
                     if not engine.has_unfinished_requests():
                         raise RuntimeError(f"the engine has lost {', '.join(self.in_flight)}")
-                    self.collect(engine.step())
-                elif not taken:
+                    self.collect(engine.step(MAX_DECODE_STEPS))
+                elif not self.ahead:
                     return
         finally:
+            for taken in self.ahead:
+                taken.prompt.cancel()
             for request_id in self.in_flight:
                 engine.abort_request(request_id)
 
-    def take(self, line: Line) -> None:
-        """Start one line, or make its error its output."""
-        custom_id, request_id = None, f"batch-{line.number}"
-        self.turn.append(line.number)
+    def take(self, lines: Iterator[Line], count: int) -> None:
+        """Take lines until ``count`` are on their way, and begin to prepare them."""
+        while len(self.in_flight) + len(self.ahead) < count and (line := next(lines, None)) is not None:
+            self.turn.append(line.number)
+            self.prepare(line)
+
+    def prepare(self, line: Line) -> None:
+        """Begin to prepare a line's prompt, or make its error its output."""
+        custom_id = None
         try:
             value = decode_line(line)
             custom_id = custom_id_of(value)
@@ -150,12 +175,23 @@ class _Group:
                 raise Refusal("custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id")
             self.custom_ids.add(custom_id)
             request = parse_request(value, self.job.defaults)
-            prompt = self.llm.render_chat(request.source) if request.kind == "chat" else _prompt(request.source)
-            self.llm.engine.add_request(request_id, prompt, request.sampling_params, incremental=False)
+            make = self.llm.render_chat if request.kind == "chat" else _prompt
+            prompt = self.llm.prepare_later(functools.partial(make, request.source))
         except Exception as error:  # what a line's content brings about is that line's error, and written
             self.ready[line.number] = refusal_line(line.number, custom_id, refusal_of(error))
         else:
-            self.in_flight[request_id] = (line.number, request)
+            self.ahead.append(_Taken(number=line.number, request=request, prompt=prompt))
+
+    def start(self, taken: _Taken) -> None:
+        """Hand a request to the engine, or make its error its output."""
+        number, request, request_id = taken.number, taken.request, f"batch-{taken.number}"
+        try:
+            prompt = taken.prompt.result()
+            self.llm.engine.add_prepared(request_id, prompt, request.sampling_params, incremental=False)
+        except Exception as error:
+            self.ready[number] = refusal_line(number, request.custom_id, refusal_of(error))
+        else:
+            self.in_flight[request_id] = (number, request)
 
     def collect(self, outputs: Iterable[RequestOutput]) -> None:
         """Make output lines of the requests that are finished."""

@@ -106,7 +106,6 @@ class AphroditeEngine:
             token_budget=self.runner.buckets.prefill_tokens[-1],
             tile_size=TILE_SIZE,
             prefix_caching=engine_config.prefix_caching,
-            max_decode_steps=MAX_DECODE_STEPS,
         )
         self.stats = EngineStats()
         self._sent: collections.deque[_Sent] = collections.deque()
@@ -249,18 +248,25 @@ class AphroditeEngine:
         """Requests that wait or run."""
         return len(self._requests)
 
-    def step(self) -> list[RequestOutput]:
-        """Send one step and take in the one before; the outputs of the requests that it moved on."""
-        with jax.profiler.StepTraceAnnotation("engine step", step_num=self.stats.steps):
-            return self._step()
+    def step(self, max_decode_steps: int = 1) -> list[RequestOutput]:
+        """Send one step and take in the one before; the outputs of the requests that it moved on.
 
-    def _step(self) -> list[RequestOutput]:
+        Args:
+          max_decode_steps: tokens of each request that the step may compute, up to `MAX_DECODE_STEPS`, where all of them
+            are greedy and end by their length alone. More is less work for the host; who comes meanwhile waits longer.
+        """
+        if not 1 <= max_decode_steps <= MAX_DECODE_STEPS:
+            raise ValueError(f"max_decode_steps must be from 1 to {MAX_DECODE_STEPS}, got {max_decode_steps}")
+        with jax.profiler.StepTraceAnnotation("engine step", step_num=self.stats.steps):
+            return self._step(max_decode_steps)
+
+    def _step(self, max_decode_steps: int) -> list[RequestOutput]:
         begin = clock()
         waited, moved = self.stats.wait, []
         if self._sent and any(uses_history(sequence.params) for sequence in self.scheduler.running):
             moved += self._take_in()
         with jax.profiler.TraceAnnotation("plan and send"):
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(max_decode_steps)
             if plan is not None:
                 self._sent.append(self._send(plan))
         if plan is None and not self._sent and not moved and self._requests:

@@ -64,7 +64,6 @@ class Scheduler:
       max_num_seqs: sequences that run at once.
       token_budget: rows of prompts in a step; each chunk takes whole tiles of ``tile_size`` rows of it.
       prefix_caching: whether prompts begin behind pages that other sequences have computed.
-      max_decode_steps: tokens of each sequence in one program at most.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Scheduler:
         token_budget: int,
         tile_size: int,
         prefix_caching: bool = True,
-        max_decode_steps: int = 1,
     ):
         self.blocks = blocks
         self.encoder_cache = encoder_cache
@@ -88,7 +86,6 @@ class Scheduler:
         self._token_budget = token_budget
         self._tile_size = tile_size
         self._prefix_caching = prefix_caching
-        self._max_decode_steps = max_decode_steps
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -114,8 +111,12 @@ class Scheduler:
         self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
-    def schedule(self) -> Plan | None:
-        """The next step, or None when there is nothing to do."""
+    def schedule(self, max_decode_steps: int = 1) -> Plan | None:
+        """The next step, or None when there is nothing to do.
+
+        Args:
+          max_decode_steps: tokens of each sequence in one program at most; what is added meanwhile waits for its end.
+        """
         decode = self._decode()
         prefill, encode = self._prefill()
         # A prompt's last row, say. Rows that are asked for log-probabilities stand among the others.
@@ -124,7 +125,7 @@ class Scheduler:
             decode=decode + short,
             prefill=tuple(chunk for chunk in prefill if chunk not in short),
             encode=tuple(encode),
-            num_steps=1 if prefill else self._num_steps(decode),
+            num_steps=1 if prefill else self._num_steps(decode, max_decode_steps),
         )
         return plan if plan.chunks else None
 
@@ -244,12 +245,12 @@ class Scheduler:
             self.encoder_cache.pin(item.content_hash, sequence.sequence_id)
         return missing
 
-    def _num_steps(self, decode: tuple[Chunk, ...]) -> int:
-        """Tokens that all of ``decode`` may generate in one program: none of them can finish or need a page of others.
+    def _num_steps(self, decode: tuple[Chunk, ...], steps: int) -> int:
+        """Tokens, at most ``steps``, that all of ``decode`` may generate in one program: none of them can finish or need
+        a page of others.
 
         Called where no prompt is computed, so that none can join before one of these finishes.
         """
-        steps = self._max_decode_steps
         for chunk in decode:
             sequence = chunk.sequence
             if not sequence.ends_by_length:

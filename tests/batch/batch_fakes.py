@@ -5,6 +5,7 @@ import collections
 import json
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aphrodite_jax.config import EngineConfig, ModelConfig
@@ -28,18 +29,21 @@ class FakeEngine:
     def reset_caches(self):
         self.num_encoded = 0
 
-    def add_request(self, request_id, prompt, sampling_params, *, incremental):
-        assert not incremental, "nobody reads a batch's answers before they are finished"
+    def prepare(self, prompt):
         prompt = prompt if isinstance(prompt, dict) else {"prompt": prompt}
         text = prompt.get("prompt") or str(prompt["prompt_token_ids"])
         if "broken image" in text:
             raise MediaError(f"the image can't be opened: {object()}")
         if "bug" in text:
             raise KeyError("a mapper of a model author")
+        return text
+
+    def add_prepared(self, request_id, text, sampling_params, *, incremental):
+        assert not incremental, "nobody reads a batch's answers before they are finished"
         self.waiting.append((request_id, text, sampling_params))
         self.most_at_once = max(self.most_at_once, len(self.waiting) + len(self.running))
 
-    def step(self):
+    def step(self, max_decode_steps):
         time.sleep(self.step_seconds)
         self.num_steps += 1
         while self.waiting and len(self.running) < self.engine_config.max_num_seqs:
@@ -71,6 +75,10 @@ class FakeLLM:
         (directory / "config.json").write_text(json.dumps(config))
         self.model_config = ModelConfig(model=str(directory), seed=seed)
         self.engine = FakeEngine(max_num_seqs, step_seconds)
+        self.pool = ThreadPoolExecutor(2)
+
+    def prepare_later(self, make_prompt):
+        return self.pool.submit(lambda: self.engine.prepare(make_prompt()))
 
     def render_chat(self, messages):
         return {"prompt": "\n".join(f"{message['role']}: {message['content']}" for message in messages)}

@@ -155,10 +155,10 @@ def test_an_input_that_changes_under_the_run_is_noticed(llm, tmp_path):
 def test_what_is_unfinished_is_aborted(llm, tmp_path, monkeypatch):
     step = llm.engine.step
 
-    def interrupted():
+    def interrupted(max_decode_steps):
         if llm.engine.num_steps == 3:
             raise KeyboardInterrupt
-        return step()
+        return step(max_decode_steps)
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -68,9 +68,11 @@ class Device:
     ``ahead``: steps whose tokens come back late, as with a host that plans while a device runs.
     """
 
-    def __init__(self, num_pages=20, max_num_seqs=3, encoder_rows=ENCODER_ROWS, *, ahead=0, **options):
+    def __init__(
+        self, num_pages=20, max_num_seqs=3, encoder_rows=ENCODER_ROWS, *, ahead=0, max_decode_steps=1, **options
+    ):
         self.num_pages, self.max_num_seqs, self.encoder_rows = num_pages, max_num_seqs, encoder_rows
-        self.ahead, self.sent = ahead, deque()
+        self.ahead, self.sent, self.max_decode_steps = ahead, deque(), max_decode_steps
         self.scheduler = Scheduler(
             BlockManager(num_pages, PAGE_SIZE),
             EncoderCache(encoder_rows),
@@ -85,7 +87,7 @@ class Device:
     def step(self):
         """One step; the plan, or None where there was none."""
         running = list(self.scheduler.running)
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.max_decode_steps)
         self.check_preempted(running)
         if plan is not None:
             self.run(plan)

@@ -60,8 +60,7 @@ def check_prompt_logprobs(output, prompt):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(("tower", "text"), [("clip", "llama"), ("siglip", "mistral"), ("clip", "qwen2")])
 def test_llava_alone_and_in_a_batch(tmp_path, tower, text):
     """Text only, one image and three: one after another; then together and in another order.
 
