@@ -252,8 +252,8 @@ class AphroditeEngine:
         """Send one step and take in the one before; the outputs of the requests that it moved on.
 
         Args:
-          max_decode_steps: tokens of each request that the step may compute, up to `MAX_DECODE_STEPS`, where all of them
-            are greedy and end by their length alone. More is less work for the host; who comes meanwhile waits longer.
+          max_decode_steps: tokens of each request that the step may compute, up to `MAX_DECODE_STEPS`, where all of
+            them are greedy and end by their length alone. More is less work for the host; who comes meanwhile waits.
         """
         if not 1 <= max_decode_steps <= MAX_DECODE_STEPS:
             raise ValueError(f"max_decode_steps must be from 1 to {MAX_DECODE_STEPS}, got {max_decode_steps}")

@@ -246,8 +246,9 @@ class Scheduler:
         return missing
 
     def _num_steps(self, decode: tuple[Chunk, ...], steps: int) -> int:
-        """Tokens, at most ``steps``, that all of ``decode`` may generate in one program: none of them can finish or need
-        a page of others.
+        """Tokens, at most ``steps``, that all of ``decode`` may generate in one program.
+
+        None of them can finish before, or need a page of others.
 
         Called where no prompt is computed, so that none can join before one of these finishes.
         """

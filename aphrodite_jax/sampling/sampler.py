@@ -17,6 +17,8 @@ from aphrodite_jax.sampling.logprobs import token_logprobs
 
 __all__ = ["SampledTokens", "sample", "sample_greedy"]
 
+LEAST_BLOCK, MOST_BLOCK = 64, 1024
+
 
 class SampledTokens(NamedTuple):
     """The tokens taken, and what `TokenLogprobs` tells of them."""
@@ -68,4 +70,30 @@ def _gumbel(seed: AnyArray, step: AnyArray, vocab_size: int) -> Float[Array, " V
 
 
 def _argmax(values: Float[Array, "R V"]) -> Int[Array, " R"]:
+    return jax.lax.platform_dependent(values, cpu=_argmax_in_blocks, default=_plain_argmax)
+
+
+def _plain_argmax(values):
     return jnp.argmax(values, axis=1).astype(jnp.int32)
+
+
+def _argmax_in_blocks(values):
+    """The same where XLA takes the largest value of a row six times faster than its place.
+
+    The first block that holds the row's largest value holds it first: its place is looked for in that block alone.
+    """
+    R, V = values.shape
+    size = max((size for size in range(LEAST_BLOCK, MOST_BLOCK + 1) if V % size == 0), default=0)
+    if size == 0 or size == V:
+        return _plain_argmax(values)
+    of_blocks = values.reshape(R, V // size, size).max(axis=2)
+    largest = of_blocks.max(axis=1, keepdims=True)
+    block = _first(of_blocks == largest)
+    rows = values.reshape(R * (V // size), size)[jnp.arange(R, dtype=jnp.int32) * (V // size) + block]
+    return block * size + _first(rows == largest)
+
+
+def _first(found):
+    """Index of the first True of each row ``[R, n]``; the last index where there is none (NaN equals nothing)."""
+    n = found.shape[1]
+    return jnp.where(found, jnp.arange(n, dtype=jnp.int32)[None], n - 1).min(axis=1)

@@ -13,8 +13,10 @@ from kernels_pallas.platform import refuse_interpret
 
 BLOCK_TOKENS = 256
 """Keys of a request that are gathered and scored at a time, at most."""
-BLOCK_BYTES = 2**21
-"""Bytes of keys and values of all requests that are gathered at a time, at most, where a page each is less."""
+BLOCK_BYTES = 2**20
+"""Bytes of keys and values of all requests that are gathered at a time, at most, where `LEAST_TOKENS` take less."""
+LEAST_TOKENS = 32
+"""Keys of a request that are gathered at a time, at least: with fewer, the loop costs more than it saves."""
 GROUP_ROWS = 64
 """Rows of consecutive prefill tiles that go together, at most."""
 
@@ -54,7 +56,8 @@ def paged_attention(
 
     def attend(q, requests, start, stop):
         """Rows ``[B, t, N, H]`` of ``[B]`` requests with intervals ``[B, t]``."""
-        block_pages = max(1, min(block_tokens // page_size, block_bytes // (len(requests) * page_bytes), M))
+        block_pages = max(-(-LEAST_TOKENS // page_size), block_bytes // (len(requests) * page_bytes))
+        block_pages = min(block_pages, max(1, block_tokens // page_size), M)
         block = block_pages * page_size
         tables = jnp.pad(block_tables[requests], ((0, 0), (0, -M % block_pages)))
         q = q.reshape(*q.shape[:2], K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
 GEOMETRIES = {
     "decode": Geometry(5, 7, 4, 4, 2, 8, 16, 0, 0, 6, {"block_tokens": 8}),
     "decode, one block": Geometry(3, 3, 5, 3, 1, 5, 10, 0, 0, 3, {}),
-    "decode, a page a block": Geometry(3, 4, 5, 6, 3, 5, 32, 0, 0, 4, {"block_bytes": 1}),
+    "decode, a page a block": Geometry(3, 4, 5, 6, 3, 5, 32, 0, 0, 4, {"block_tokens": 1}),
     "prefill": Geometry(3, 6, 4, 4, 2, 8, 16, 4, 11, 0, {"block_tokens": 8, "group_rows": 16}, 2.0),
     "prefill, tile by tile": Geometry(4, 5, 2, 2, 2, 4, 12, 2, 9, 0, {"block_tokens": 4, "group_rows": 1}),
     "prefill, one group": Geometry(2, 4, 3, 2, 1, 7, 14, 3, 5, 0, {}),

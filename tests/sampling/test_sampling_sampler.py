@@ -210,6 +210,22 @@ def test_greedy_takes_the_lowest_of_equals_in_both_programs():
     assert run_greedy(logits).tolist() == [0, 4, 11]
 
 
+@pytest.mark.parametrize("vocab_size", [160, 1024, 2048, 32003, 49280])
+def test_greedy_takes_the_first_of_the_largest_in_any_vocabulary(vocab_size):
+    """In one block, in several, and in a size that has no blocks; with ties within and between blocks."""
+    rng = np.random.default_rng(vocab_size)
+    logits = np.round(rng.normal(size=(12, vocab_size)), 1).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2, : vocab_size // 2] = -np.inf
+    logits[3] = 0.0
+    logits[4, ::2] = -0.0
+    logits[5, [vocab_size - 1, vocab_size // 3]] = 9.0
+    logits[6, -1] = 9.0
+    np.testing.assert_array_equal(run_greedy(logits), logits.argmax(axis=1))
+    logits[7, 3] = np.nan
+    assert 0 <= int(run_greedy(logits)[7]) < vocab_size
+
+
 def test_both_programs_agree_on_plain_greedy_rows():
     logits = np.random.default_rng(2).normal(size=(8, V)).astype(np.float32)
     general = run(logits, build([row(temperature=0.0)] * 8), num_logprobs=0)
