@@ -22,6 +22,7 @@ _TABLE: dict[str, str | type] = {
     "MistralForCausalLM": f"{_BUILT_IN}.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": f"{_BUILT_IN}.qwen2:Qwen2ForCausalLM",
     "LlavaForConditionalGeneration": f"{_BUILT_IN}.llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
 }
 _PLUGINS_LOADED: set[str] = set()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,18 @@ def llava(tower: dict, text: dict, **fields) -> dict:
     }
 
 
+def llava_next(tower: dict, text: dict) -> dict:
+    size = tower["image_size"]
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size], [3 * size, size], [size, 3 * size]]
+    return llava(
+        tower,
+        text | {"max_position_embeddings": 512},
+        model_type="llava_next",
+        architectures=["LlavaNextForConditionalGeneration"],
+        image_grid_pinpoints=pinpoints,
+    )
+
+
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
     "original_max_position_embeddings": 48,
@@ -109,9 +122,9 @@ LONGROPE = {
 }
 QWEN2_WINDOWS = QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
-# Name to config and prompts: (tokens of text, images) each. Where lengths cross the trained one of a rope
-# scaling, one prompt stands on each side and one crosses it while it is continued.
-CASES: dict[str, tuple[dict, list[tuple[int, int]]]] = {
+# Name to config and prompts: (tokens of text, images, or their sizes) each. Where lengths cross the trained one of a
+# rope scaling, one prompt stands on each side and one crosses it while it is continued.
+CASES: dict[str, tuple[dict, list[tuple[int, int | list[tuple[int, int]]]]]] = {
     "llama": (LLAMA, [(24, 0)]),
     "llama_biases_mha": (
         LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
@@ -173,6 +186,13 @@ CASES: dict[str, tuple[dict, list[tuple[int, int]]]] = {
         llava(SIGLIP, LLAMA, vision_feature_select_strategy="full", vision_feature_layer=-1),
         [(12, 1)],
     ),
+    **{
+        f"llava_next_{name}": (
+            llava_next(CLIP, text),
+            [(12, 0), (12, [(40, 100)]), (14, [(28, 84), (60, 36), (20, 24)])],
+        )
+        for name, text in (("mistral", MISTRAL), ("llama", LLAMA))
+    },
     "llava_projector": (
         llava(CLIP, LLAMA, multimodal_projector_bias=False, projector_hidden_act="gelu_pytorch_tanh"),
         [(12, 1)],
@@ -196,22 +216,45 @@ UNLIKE = {
 UNLIKE_BY = 0.01
 
 
-def rows_per_image(config: dict) -> int:
-    vision = config["vision_config"]
-    rows = (vision["image_size"] // vision["patch_size"]) ** 2 + (vision["model_type"] == "clip_vision_model")
-    return rows - (config["vision_feature_select_strategy"] == "default")
+def rows_per_image(directory: Path, pictures: list[np.ndarray]) -> list[int]:
+    """Tokens that each image takes."""
+    config = json.loads((directory / "config.json").read_text())
+    vision, strategy = config["vision_config"], config["vision_feature_select_strategy"]
+    class_token = vision["model_type"] == "clip_vision_model"
+    if config["model_type"] == "llava":
+        rows = (vision["image_size"] // vision["patch_size"]) ** 2 + class_token - (strategy == "default")
+        return [rows] * len(pictures)
+    image_processor = load_image_processor(directory)
+    processor = transformers.LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(class_token),
+    )
+    inputs = image_processor(images=list(map(Image.fromarray, pictures)), return_tensors="np")
+    return [processor.replace_image_token(inputs, index).count("<image>") for index in range(len(pictures))]
 
 
-def make_prompt(config: dict, num_text: int, num_images: int, seed: int) -> dict[str, np.ndarray]:
-    """What the model is given, by the names of `GoldenPrompt`; the last two of three images touch."""
-    noise = checkpoints.uniform(f"text {num_text} {num_images}", (num_text,), seed)
+def load_image_processor(directory: Path):
+    return transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+
+def make_prompt(directory: Path, num_text: int, images: int | list[tuple[int, int]], seed: int) -> dict:
+    """What the model is given, by the names of `GoldenPrompt`; the last two of three images touch.
+
+    Images are of the tower's size, or of sizes (height, width) that are given.
+    """
+    if isinstance(images, int):
+        images = [(checkpoints.IMAGE_SIZE,) * 2] * images
+    noise = checkpoints.uniform(f"text {num_text} {len(images)}", (num_text,), seed)
     text = [1, *(3 + ((noise[1:] + 1) / 2 * (checkpoints.IMAGE_TOKEN - 3)).astype(int)).tolist()]
-    pictures = checkpoints.images(num_images, seed)
+    pictures = checkpoints.images_of(images, seed) if images else []
     prompt = list(text)
-    for position in (3, 6, 7)[:num_images]:
+    for position in (3, 6, 7)[: len(images)]:
         prompt.insert(position, checkpoints.IMAGE_TOKEN)
-    rows = rows_per_image(config) if num_images else 1
-    expanded = [token for token in prompt for _ in range(rows if token == checkpoints.IMAGE_TOKEN else 1)]
+    rows = iter(rows_per_image(directory, pictures) if images else ())
+    expanded = [token for token in prompt for _ in range(next(rows) if token == checkpoints.IMAGE_TOKEN else 1)]
     return {
         "prompt": np.array(prompt, np.int32),
         "input_ids": np.array(expanded, np.int32),
@@ -244,8 +287,11 @@ def run_reference(directory: Path, prompt: dict[str, np.ndarray]) -> tuple[np.nd
     """
     model = load_reference(directory)
     inputs = {"input_ids": torch.tensor(prompt["input_ids"], dtype=torch.long)[None]}
-    if len(prompt["images"]):
+    if len(prompt["images"]) and model.config.model_type == "llava":
         inputs["pixel_values"] = torch.tensor(checkpoints.pixel_values(prompt["images"]))
+    elif len(prompt["images"]):
+        pictures = list(map(Image.fromarray, prompt["images"]))
+        inputs |= load_image_processor(directory)(images=pictures, return_tensors="pt")
     out = model(**inputs, use_cache=True)
     logits = out.logits[0].numpy()
     tokens, margin = [], np.inf
@@ -259,26 +305,39 @@ def run_reference(directory: Path, prompt: dict[str, np.ndarray]) -> tuple[np.nd
 
 
 def make_golden(name: str) -> dict[str, np.ndarray]:
-    """The content of one file, by the first seed whose greedy choices are clear and not all the same."""
+    """The content of one file, by the first seed whose greedy choices are clear and not all the same.
+
+    Nor is a token of an answer that of an image: in one call with the prompt it would stand for a row of one.
+    """
     config, prompts = CASES[name]
     for seed in range(100):
         golden = {"config": np.array(json.dumps(config)), "seed": np.array(seed)}
         margins, distinct = [], []
         with tempfile.TemporaryDirectory(prefix=name) as folder:
             directory = checkpoints.write_checkpoint(Path(folder), config, seed)
-            for index, (num_text, num_images) in enumerate(prompts):
-                prompt = make_prompt(config, num_text, num_images, seed)
+            for index, (num_text, images) in enumerate(prompts):
+                prompt = make_prompt(directory, num_text, images, seed)
                 logits, tokens, margin = run_reference(directory, prompt)
                 if index == len(prompts) - 1 and name in UNLIKE:
                     require_other_logits(directory, UNLIKE[name], prompt, logits)
-                golden |= {f"{index}.{key}": value for key, value in prompt.items()}
+                golden |= {f"{index}.{key}": value for key, value in stored_form(prompt).items()}
                 golden |= {f"{index}.logits": logits, f"{index}.tokens": tokens}
-                margins.append(margin)
+                margins.append(-1 if len(prompt["images"]) and checkpoints.IMAGE_TOKEN in tokens else margin)
                 distinct.append(len(set(tokens.tolist())))
         if min(margins) >= CLEAR_MARGIN and min(distinct) >= 5:
             print(f"{name}: seed {seed}, least margin {min(margins):.3f}, distinct tokens {distinct}")
             return golden
     raise SystemExit(f"{name}: no seed gives clear greedy choices")
+
+
+def stored_form(prompt: dict) -> dict[str, np.ndarray]:
+    """Images of one size as one array; of different sizes, an array each (`golden_files.read_golden`)."""
+    images = prompt["images"]
+    if len({image.shape for image in images}) <= 1:
+        empty = np.zeros((0, checkpoints.IMAGE_SIZE, checkpoints.IMAGE_SIZE, 3), np.uint8)
+        return prompt | {"images": np.stack(images) if images else empty}
+    apart = {f"image{index}": image for index, image in enumerate(images)}
+    return {name: value for name, value in prompt.items() if name != "images"} | apart
 
 
 def require_other_logits(directory: Path, config: dict, prompt: dict[str, np.ndarray], logits) -> None:
@@ -300,10 +359,12 @@ def check_golden(name: str) -> float:
     worst = 0.0
     with tempfile.TemporaryDirectory(prefix=name) as folder:
         directory = golden.write_checkpoint(Path(folder))
-        for (num_text, num_images), prompt in zip(prompts, golden.prompts, strict=True):
-            given = make_prompt(config, num_text, num_images, golden.seed)
-            for field, value in given.items():
-                np.testing.assert_array_equal(getattr(prompt, field), value, err_msg=f"{name}: {field}")
+        for (num_text, images), prompt in zip(prompts, golden.prompts, strict=True):
+            given = make_prompt(directory, num_text, images, golden.seed)
+            for field in ("prompt", "input_ids"):
+                np.testing.assert_array_equal(getattr(prompt, field), given[field], err_msg=f"{name}: {field}")
+            for stored, image in zip(prompt.images, given["images"], strict=True):
+                np.testing.assert_array_equal(stored, image, err_msg=f"{name}: images")
             logits, tokens, _ = run_reference(directory, given)
             np.testing.assert_array_equal(tokens, prompt.tokens, err_msg=f"{name}: greedy tokens")
             worst = max(worst, float(np.abs(logits - prompt.logits).max()))

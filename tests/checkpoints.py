@@ -40,9 +40,17 @@ def images(count: int, seed: int, size: int = IMAGE_SIZE) -> np.ndarray:
     return fine.repeat(4, axis=1).repeat(4, axis=2)
 
 
-def pixel_values(pictures: np.ndarray) -> np.ndarray:
+def images_of(sizes, seed: int) -> list[np.ndarray]:
+    """Noise in blocks of four pixels, ``[height, width, 3]`` uint8 for each (height, width)."""
+    side = max(max(size) for size in sizes)
+    side += -side % 4
+    whole = images(len(sizes), seed, side)
+    return [picture[:height, :width] for picture, (height, width) in zip(whole, sizes, strict=True)]
+
+
+def pixel_values(pictures) -> np.ndarray:
     """What the processor of `write_processor` makes of ``[n, h, w, 3]``: ``[n, 3, h, w]`` in [-1, 1]."""
-    scaled = pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    scaled = np.stack(pictures).astype(np.float32) / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
@@ -67,7 +75,7 @@ def _weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Name to shape of the tensors of a hub checkpoint; the output head is there unless it is tied."""
-    if config["model_type"] != "llava":
+    if "vision_config" not in config:
         return text_shapes(config)
     text, vision = config["text_config"], config["vision_config"]
     tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
@@ -84,6 +92,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         {f"vision_tower.vision_model.{name}": shape for name, shape in tower.items()}
         | {f"multi_modal_projector.{name}": shape for name, shape in projector.items()}
         | {f"language_model.{name}": shape for name, shape in language.items()}
+        | ({"image_newline": (text["hidden_size"],)} if config["model_type"] == "llava_next" else {})
     )
 
 
@@ -163,7 +172,7 @@ def relayout(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarra
     if layout == "hub":
         return tensors
     rules = [
-        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^(vision_tower\.|multi_modal_projector\.|image_newline)", r"model.\1"),
         (r"^language_model\.model\.", "model.language_model."),
         (r"^language_model\.lm_head\.", "lm_head."),
     ]
@@ -219,7 +228,7 @@ def write_checkpoint(
     text = config.get("text_config", config)
     write_tokenizer(directory, text["vocab_size"])
     if "vision_config" in config:
-        write_processor(directory, config["vision_config"])
+        write_processor(directory, config["vision_config"], config.get("image_grid_pinpoints"))
     return directory
 
 
@@ -239,8 +248,8 @@ def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
     fast.save_pretrained(directory)
 
 
-def write_processor(directory: Path, vision: dict) -> None:
-    """An image processor that resizes to the tower's size and scales to [-1, 1]."""
+def write_processor(directory: Path, vision: dict, pinpoints: list | None = None) -> None:
+    """An image processor that resizes to the tower's size, or cuts into tiles of it, and scales to [-1, 1]."""
     clip = vision["model_type"] == "clip_vision_model"
     size = vision["image_size"]
     settings = {
@@ -255,4 +264,13 @@ def write_processor(directory: Path, vision: dict) -> None:
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": True,
     }
+    if pinpoints is not None:
+        settings |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "image_grid_pinpoints": pinpoints,
+            "resample": 3,
+            "do_pad": True,
+        }
     (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))

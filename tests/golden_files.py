@@ -1,6 +1,7 @@
 """The stored answers of Hugging Face's models, as `scripts/make_goldens.py` writes them."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -17,14 +18,14 @@ class GoldenPrompt:
     Attributes:
       prompt: token ids with one placeholder an image.
       input_ids: token ids ``[T]`` with one placeholder a row of an image.
-      images: ``[n, h, w, 3]`` uint8.
+      images: ``[h, w, 3]`` uint8 each.
       logits: ``[T, V]`` float32, of the prefill.
       tokens: the greedy answer.
     """
 
     prompt: np.ndarray
     input_ids: np.ndarray
-    images: np.ndarray
+    images: tuple[np.ndarray, ...]
     logits: np.ndarray
     tokens: np.ndarray
 
@@ -57,8 +58,13 @@ def read_golden(name: str) -> Golden:
     """The golden called ``name``."""
     with np.load(GOLDENS / f"{name}.npz") as file:
         stored = dict(file)
-    fields = [field.name for field in dataclasses.fields(GoldenPrompt)]
     count = sum(key.endswith(".logits") for key in stored)
+    for index in range(count):
+        if f"{index}.images" not in stored:  # of different sizes
+            names = itertools.takewhile(stored.__contains__, (f"{index}.image{i}" for i in itertools.count()))
+            stored[f"{index}.images"] = [stored[name] for name in names]
+        stored[f"{index}.images"] = tuple(stored[f"{index}.images"])
+    fields = [field.name for field in dataclasses.fields(GoldenPrompt)]
     return Golden(
         name=name,
         config=json.loads(str(stored["config"])),

@@ -17,6 +17,7 @@ from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
+from aphrodite_jax.multimodal.context import model_class
 from kernels_pallas import intervals
 from kernels_pallas.intervals import RowIntervals
 
@@ -53,6 +54,7 @@ class PromptPreparer:
         max_media_rows: int,
     ):
         self._model_config = model_config
+        self._model_cls: Any = model_class(model_config)
         self._tokenizer = tokenizer
         self._mask_specs = mask_specs
         self._rows_per_item = rows_per_item
@@ -159,6 +161,7 @@ class PromptPreparer:
             rows = len(embeds)
         else:
             rows = sum(self._rows_per_item(mm_kwargs).get(modality, ()))
+            mm_kwargs = self._model_cls.pad_media(self._model_config.hf_config, mm_kwargs)
         if rows != placeholder.length:
             raise PlaceholderError(
                 f"the prompt holds {placeholder.length} tokens for the {modality} item at token "

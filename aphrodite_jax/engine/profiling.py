@@ -1,6 +1,7 @@
 """The largest legal prompt, from a model's registered dummy data, through the same functions as any request."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,29 +23,40 @@ def media_tokens_per_prompt(model_config: ModelConfig) -> int:
 def media_examples(
     model_config: ModelConfig, rows_per_item: Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
 ) -> tuple[dict[str, np.ndarray], ...]:
-    """Mapped arrays of one dummy item for each distinct shape.
+    """Padded arrays of one item for each shape: of the dummy items and of the model's ``media_examples``.
 
     Raises:
       RegistrationError: the dummy data, the input processor, the token bound and the model disagree.
     """
-    model_cls = model_class(model_config)
+    model_cls: Any = model_class(model_config)
     if not supports_multimodal(model_cls):
         return ()
+
+    def mapped(modality, item):
+        mm_kwargs = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
+        return {name: np.asarray(array) for name, array in mm_kwargs.items()}
+
+    def keep(mm_kwargs):
+        padded = model_cls.pad_media(model_config.hf_config, mm_kwargs)
+        examples[tuple((name, array.shape) for name, array in sorted(padded.items()))] = padded
+
     dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, model_config.context_length, MULTIMODAL_REGISTRY)
     processed = INPUT_REGISTRY.process_input(
         model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=dummy.multi_modal_data)
     )
     bounds = MULTIMODAL_REGISTRY.max_tokens_per_item(model_config)
-    examples = {}
+    examples: dict[tuple, dict[str, np.ndarray]] = {}
     for modality, parts in processed.multi_modal_data.items():
         for item, placeholder in zip(parts, processed.placeholders[modality], strict=True):
-            mm_kwargs = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
-            mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
+            mm_kwargs = mapped(modality, item)
             rows = sum(rows_per_item(mm_kwargs).get(modality, ()))
             if not placeholder.length == rows <= bounds[modality]:
                 raise RegistrationError(
                     f"{model_cls.__name__}: a dummy {modality} has {placeholder.length} placeholder tokens, the model "
                     f"makes {rows} rows of it, and the registered bound is {bounds[modality]} tokens: they must agree"
                 )
-            examples[tuple((name, array.shape) for name, array in sorted(mm_kwargs.items()))] = mm_kwargs
+            keep(mm_kwargs)
+    for modality, items in model_cls.media_examples(model_config.hf_config).items():
+        for item in MULTIMODAL_REGISTRY.open_items(model_config, modality, items):
+            keep(mapped(modality, item))
     return tuple(examples.values())

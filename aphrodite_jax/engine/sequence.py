@@ -19,7 +19,10 @@ __all__ = ["MediaItem", "PreparedPrompt", "Sequence", "SequenceStatus"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MediaItem:
-    """One item of a prompt: its content hash, its place, and its mapped arrays (items axis of 1) or embeddings."""
+    """One item of a prompt: its content hash, its place, and its arrays (items axis of 1) or embeddings.
+
+    The arrays are those of the mapper as the model's ``pad_media`` made them; rows past the placeholder's are padding.
+    """
 
     modality: str
     content_hash: str

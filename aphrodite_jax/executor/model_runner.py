@@ -141,7 +141,10 @@ class ModelRunner:
         return self._rows_of_shapes(shapes)
 
     def encode(self, items: Sequence[Mapping[str, np.ndarray]], rows: Sequence[np.ndarray]) -> None:
-        """Encode media items with arrays of equal shapes into ``rows[i]`` of the encoder cache."""
+        """Encode media items with arrays of equal shapes into ``rows[i]`` of the encoder cache.
+
+        Where an item has fewer rows there than the model makes of it, the last ones are padding.
+        """
         for begin in range(0, len(items), self.buckets.encode_items[-1]):
             part = items[begin : begin + self.buckets.encode_items[-1]]
             count = round_up(len(part), self.buckets.encode_items)
@@ -149,8 +152,7 @@ class ModelRunner:
                 name: np.concatenate([item[name] for item in part] + [part[0][name]] * (count - len(part)))
                 for name in part[0]
             }
-            targets = np.concatenate(rows[begin : begin + len(part)]).astype(np.int32)
-            job = self._encode_job(arrays, count, targets)
+            job = self._encode_job(arrays, count, rows[begin : begin + len(part)])
             self._encoder_cache = self.programs.run(job)
 
     def store(self, embeds: np.ndarray, rows: np.ndarray) -> None:
@@ -284,20 +286,18 @@ class ModelRunner:
         check_block_tables(tables, self.num_pages)
         return np.array(slots, np.int32), np.array(positions, np.int32), tables
 
-    def _encode_job(
-        self, arrays: Mapping[str, np.ndarray], count: int, targets: np.ndarray | None = None
-    ) -> CompileJob:
+    def _encode_job(self, arrays: Mapping[str, np.ndarray], count: int, rows: Sequence[np.ndarray] = ()) -> CompileJob:
         def encode(params, encoder_cache, arrays, targets):
             embeds = nnx.merge(self._graphdef, params).embed_multimodal(**arrays)
-            rows = jnp.concatenate([item for items in embeds.values() for item in items])
-            return encoder_cache.at[targets].set(rows.astype(encoder_cache.dtype), mode="drop")
+            made = jnp.concatenate([item for items in embeds.values() for item in items])
+            return encoder_cache.at[targets].set(made.astype(encoder_cache.dtype), mode="drop")
 
         per_item = [n for counts in self.rows_per_item(arrays).values() for n in counts]
-        all_targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped
-        if targets is not None:
-            all_targets[: len(targets)] = targets
+        targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped
+        for offset, item_rows in zip(np.cumsum(per_item) - per_item, rows, strict=False):
+            targets[offset : offset + len(item_rows)] = item_rows
         key = (count, tuple((name, x.shape, str(x.dtype)) for name, x in sorted(arrays.items())))
-        args = (self._params, self._encoder_cache, dict(arrays), all_targets)
+        args = (self._params, self._encoder_cache, dict(arrays), targets)
         return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
 
     def _store_job(self, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:

@@ -171,8 +171,18 @@ class MultiModalRegistry:
                     f"the prompt has {len(parts)} {modality} items, at most {limit} allowed: "
                     f'set limit_mm_per_prompt={{"{modality}": {len(parts)}}}'
                 )
-            items[modality] = tuple(plugin.open(part, model_config) for part in parts)
+            items[modality] = self.open_items(model_config, modality, parts)
         return items
+
+    def open_items(self, model_config: ModelConfig, modality: str, items: Sequence[Any]) -> tuple[Any, ...]:
+        """Items of one modality, opened one by one.
+
+        Raises:
+          RequestError: an unknown modality.
+          MediaError: an item that can't be opened.
+        """
+        plugin = self._plugin(modality, RequestError)
+        return tuple(plugin.open(item, model_config) for item in items)
 
     def map_items(self, model_config: ModelConfig, modality: str, items: Sequence[Any]) -> MultiModalInputs:
         """Keyword arrays of opened items of one modality, with the items on axis 0.

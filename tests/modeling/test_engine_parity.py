@@ -19,13 +19,12 @@ def make_llm(directory, **options):
     return LLM(
         model=directory,
         dtype="float32",
-        max_model_len=128,
+        **{"max_model_len": 128} | options,
         max_num_seqs=4,
         max_num_batched_tokens=CHUNK,
         page_size=PAGE_SIZE,
         warm_up=False,  # only what these prompts need is compiled
         show_progress=False,
-        **options,
     )
 
 
@@ -79,6 +78,21 @@ def test_llava_alone_and_in_a_batch(tmp_path, tower, text):
     for output, prompt in zip(generate(llm, prompts), prompts, strict=True):
         check_answer(output, prompt)
     assert (llm.engine.scheduler.num_preemptions > 0) == (tower == "siglip")
+
+
+@pytest.mark.parametrize("name", ["llava_next_mistral"])
+def test_images_of_any_size(tmp_path, name):
+    """Text only, one image, three of other sizes and shapes: alone, and together in another order."""
+    golden = read_golden(name)
+    llm = make_llm(golden.write_checkpoint(tmp_path), limit_mm_per_prompt={"image": 3}, max_model_len=512)
+    for prompt in golden.prompts:
+        [output] = generate(llm, [prompt], GREEDY_WITH_PROMPT)
+        check_answer(output, prompt)
+        check_prompt_logprobs(output, prompt)
+    llm.engine.reset_caches()
+    prompts = [*golden.prompts[::-1], golden.prompts[1]]
+    for output, prompt in zip(generate(llm, prompts), prompts, strict=True):
+        check_answer(output, prompt)
 
 
 @pytest.mark.parametrize("name", ["qwen2_windows", "llama_longrope"])

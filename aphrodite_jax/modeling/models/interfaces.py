@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 import transformers
 from jaxtyping import Array, Float, Int
 
@@ -96,6 +97,24 @@ class SupportsMultiModal:
         The arrays are those of the mappers, with items on axis 0. Rows are as wide as token embeddings.
         """
         raise RegistrationError(f"{type(self).__name__} takes media but has no embed_multimodal method")
+
+    @staticmethod
+    def pad_media(config: transformers.PretrainedConfig, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One item's arrays in the shape for which they are encoded; a pure function.
+
+        Where items differ in shape without end, this leaves a few shapes. ``mm_kwargs`` has an axis of one item first.
+        What is added makes rows behind the item's own, and changes none of these.
+        """
+        return dict(mm_kwargs)
+
+    @staticmethod
+    def media_examples(config: transformers.PretrainedConfig) -> Mapping[str, Sequence[Any]]:
+        """Modality to items, as a user would give them, with one of each shape that `pad_media` gives.
+
+        Their programs are compiled before the first request. The items of the registered dummy data need not be among
+        them, and where they have the only shape, none is needed.
+        """
+        return {}
 
 
 def supports_multimodal(model_cls: type) -> bool:

@@ -1,0 +1,214 @@
+"""LLaVA-NeXT (LLaVA-1.6): LLaVA that sees an image whole and in tiles (https://llava-vl.github.io/blog/2024-01-30-llava-next).
+
+How an image becomes tokens: it is fitted into the grid of tiles that keeps most of its pixels, padded to it, and cut;
+the tower and the projector see each tile, and the whole image at a tile's size, by themselves. The rows of the whole
+come first. The rows of the tiles follow, line by line over all of the grid, without those of the padding, and each
+line ends with the learned row ``image_newline``. How many that are depends on the image's size: the mapper says with
+``row_index`` which rows stand where, so that the model's shapes tell the number and nothing in it depends on values.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
+
+from aphrodite_jax.errors import ConfigError
+from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, expand_placeholders
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
+from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
+from aphrodite_jax.modeling.loader.weight_rules import WeightRule
+from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
+from aphrodite_jax.multimodal.plugins.image import ImagePlugin
+
+__all__ = ["LlavaNextForConditionalGeneration"]
+
+# Inputs: pure functions of the config and of one request.
+
+
+def grid_of(config, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the tiles that an image of ``size`` (height, width) is cut into."""
+    pinpoints = [tuple(point) for point in config.image_grid_pinpoints]
+    height, width = select_best_resolution(tuple(size), pinpoints)
+    return height // config.vision_config.image_size, width // config.vision_config.image_size
+
+
+def row_index(config, size: tuple[int, int]) -> Int[np.ndarray, " rows"]:
+    """Where each of an image's rows stands among those of all its tiles, tile after tile, the whole image first.
+
+    ``image_newline`` stands behind them all.
+    """
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    rows, columns = grid_of(config, size)
+    tiles = np.arange((1 + rows * columns) * side**2, dtype=np.int32).reshape(-1, side, side)
+    whole, grid = tiles[0], tiles[1:].reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, -1)
+    lines = _unpad(grid, size)
+    newline = np.full((len(lines), 1), tiles.size, np.int32)
+    return np.concatenate([whole.reshape(-1), np.concatenate([lines, newline], axis=1).reshape(-1)])
+
+
+def _unpad(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The lines and columns of a grid of patches that an image of ``size`` covers, as Hugging Face rounds them."""
+    height, width = size
+    lines, columns = grid.shape
+    if width / height > columns / lines:
+        padding = (lines - int(round(height * (columns / width), 7))) // 2
+        return grid[padding : lines - padding]
+    padding = (columns - int(round(width * (lines / height), 7))) // 2
+    return grid[:, padding : columns - padding]
+
+
+def sizes_of_grids(config) -> list[tuple[int, int]]:
+    """For each grid of tiles the size (height, width) of an image that fills it."""
+    return [tuple(point) for point in config.image_grid_pinpoints]
+
+
+def max_image_tokens(ctx: InputContext) -> int:
+    """Tokens of the image that takes most of them: one that fills its grid."""
+    config = _config(ctx)
+    return max(len(row_index(config, size)) for size in sizes_of_grids(config))
+
+
+def map_images(ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
+    """``pixel_values`` of the tiles of each image, the whole first, and its ``row_index``."""
+    config = _config(ctx)
+    mapped = ImagePlugin().default_mapper(ctx, items)
+    if "image_sizes" not in mapped:  # embeddings
+        return mapped
+    images = []
+    for item, image in zip(mapped.split(), items, strict=True):
+        rows, columns = grid_of(config, _size(image))
+        tiles = item["pixel_values"][: 1 + rows * columns]  # the processor fills up to the image of the most tiles
+        images.append(MultiModalInputs({"pixel_values": tiles, "row_index": row_index(config, _size(image))}))
+    return MultiModalInputs.batch(images)
+
+
+def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An image's arrays with as many rows as any image of so many tiles has: a shape for each number of tiles."""
+    tiles, index = mm_kwargs["pixel_values"].shape[1], mm_kwargs["row_index"]
+    counts = {
+        len(row_index(config, size)) for size in sizes_of_grids(config) if 1 + math.prod(grid_of(config, size)) == tiles
+    }
+    return {**mm_kwargs, "row_index": np.pad(index, ((0, 0), (0, max(counts) - index.shape[1])))}
+
+
+def media_examples(config) -> dict[str, list[Image.Image]]:
+    """An image for each number of tiles."""
+    sizes = {math.prod(grid_of(config, size)): size for size in sizes_of_grids(config)}
+    return {"image": [Image.new("RGB", (width, height)) for height, width in sizes.values()]}
+
+
+def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
+    """As many of the largest images as allowed, each behind its placeholder token, then padding to ``seq_len``."""
+    config: Any = _config(ctx)
+    count, tokens = mm_counts["image"], max_image_tokens(ctx)
+    padding = seq_len - count * tokens
+    if padding < 0:
+        raise ConfigError(
+            f"{count} images of up to {tokens} tokens do not fit in {seq_len} tokens: lower limit_mm_per_prompt or "
+            "raise max_model_len"
+        )
+    height, width = max(sizes_of_grids(config), key=lambda size: len(row_index(config, size)))
+    return DummyData(
+        prompt_token_ids=(config.image_token_index,) * count + (0,) * padding,
+        multi_modal_data={"image": [Image.new("RGB", (width, height))] * count},
+    )
+
+
+def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
+    """Each ``<image>`` token becomes one token per row of its image."""
+    config = _config(ctx)
+    images = inputs.multi_modal_data.get("image", ())
+    lengths = [embedding_rows(image) or len(row_index(config, _size(image))) for image in images]
+    tokens, ranges = expand_placeholders(inputs.prompt_token_ids, config.image_token_index, lengths)
+    return LLMInputs(
+        prompt_token_ids=tokens,
+        prompt=inputs.prompt,
+        multi_modal_data=inputs.multi_modal_data,
+        placeholders={"image": ranges} if images else {},
+    )
+
+
+def _config(ctx: InputContext) -> Any:
+    return ctx.get_hf_config(transformers.LlavaNextConfig)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+# The model.
+
+
+@MULTIMODAL_REGISTRY.register_image_input_mapper(map_images)
+@MULTIMODAL_REGISTRY.register_max_image_tokens(max_image_tokens)
+@INPUT_REGISTRY.register_dummy_data(dummy_data)
+@INPUT_REGISTRY.register_input_processor(expand_images)
+class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA-NeXT over Llama, Mistral or Qwen2."""
+
+    weight_rules = (
+        WeightRule(r"(?:model\.)?image_newline", r"image_newline"),
+        *LlavaForConditionalGeneration.weight_rules,
+    )
+    pad_media = staticmethod(pad_media)
+    media_examples = staticmethod(media_examples)
+
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+        if config.vision_feature_select_strategy != "default":
+            raise ConfigError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} of LLaVA-NeXT is not "
+                "supported: tiles are put together from their patches alone, as with 'default'"
+            )
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        width = config.text_config.hidden_size
+        self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), dtype))
+
+    def embed_multimodal(
+        self,
+        pixel_values: Float[Array, "items tiles C height width"] | Sequence[Float[Array, "tiles C height width"]] = (),
+        row_index: Int[Array, "items rows"] | Sequence[Int[Array, " rows"]] = (),
+        image_embeds: Float[Array, "items rows D"] | None = None,
+    ) -> dict[str, Sequence[Float[Array, "rows D"]]]:
+        """Rows for each image; images of different shapes come as a sequence of arrays."""
+        if image_embeds is not None:
+            return {"image": list(image_embeds)}
+        if isinstance(pixel_values, Sequence) or isinstance(row_index, Sequence):
+            pairs = zip(pixel_values, row_index, strict=True)
+            return {"image": [self._rows(pixels[None], index[None])[0] for pixels, index in pairs]}
+        return {"image": list(self._rows(pixel_values, row_index))}
+
+    def _rows(self, pixel_values, row_index):
+        items, tiles = pixel_values.shape[:2]
+        features = super().embed_multimodal(pixel_values.reshape(-1, *pixel_values.shape[2:]))["image"]
+        features = jnp.stack(features).reshape(items, tiles * features[0].shape[0], -1)
+        newline = jnp.broadcast_to(self.image_newline[...].astype(features.dtype), (items, 1, features.shape[-1]))
+        return jnp.take_along_axis(jnp.concatenate([features, newline], axis=1), row_index[..., None], axis=1)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        kv_caches: tuple[KVCache, ...] | None,
+        attn_metadata: AttentionMetadata,
+        pixel_values: Float[Array, "items tiles C height width"] | Sequence[Float[Array, "tiles C height width"]] = (),
+        row_index: Int[Array, "items rows"] | Sequence[Int[Array, " rows"]] = (),
+        image_embeds: Float[Array, "items rows D"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "T D"] | None = None,
+    ) -> tuple[Float[Array, "T D"], tuple[KVCache, ...] | None]:
+        """As `LlavaForConditionalGeneration`; images of different shapes come as a sequence of arrays."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+            if len(pixel_values) or image_embeds is not None:
+                rows = self.embed_multimodal(pixel_values, row_index, image_embeds)["image"]
+                is_image = input_ids == self.config.image_token_index
+                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
+        return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)

@@ -1,0 +1,100 @@
+"""LLaVA-NeXT's tiles: tokens of an image of any size, the bound, and shapes that are compiled ahead."""
+
+import hypothesis
+import numpy as np
+import pytest
+import transformers
+from golden_files import read_golden
+from hypothesis import strategies as st
+from PIL import Image
+
+from aphrodite_jax import LLM, ModelConfig, SamplingParams
+from aphrodite_jax.modeling.models import llava_next
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
+
+GOLDEN = read_golden("llava_next_mistral")
+SIDE = GOLDEN.config["vision_config"]["image_size"]
+PATCHES = SIDE // GOLDEN.config["vision_config"]["patch_size"]
+ROWS_OF_LARGEST = PATCHES**2 + 2 * PATCHES * (2 * PATCHES + 1)
+"""The whole image, and two by two tiles whose lines end with a row each."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return GOLDEN.write_checkpoint(tmp_path_factory.mktemp("llava_next"))
+
+
+@pytest.fixture(scope="module")
+def model_config(directory):
+    return ModelConfig(model=directory)
+
+
+@pytest.fixture(scope="module")
+def processor(directory):
+    return transformers.LlavaNextProcessor(
+        image_processor=transformers.AutoImageProcessor.from_pretrained(directory, backend="pil"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+        patch_size=SIDE // PATCHES,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+sides = st.one_of(st.integers(1, 300), st.sampled_from([SIDE, 2 * SIDE, 3 * SIDE, 2000]))
+
+
+@hypothesis.given(sides, sides)
+@hypothesis.settings(deadline=None, max_examples=200)
+def test_an_image_takes_as_many_tokens_as_in_hugging_face(model_config, processor, height, width):
+    inputs = {"image_sizes": [[height, width]], "pixel_values": np.zeros((1, 1, 3, SIDE, SIDE))}
+    index = llava_next.row_index(model_config.hf_config, (height, width))
+    assert len(index) == processor.replace_image_token(inputs, 0).count("<image>")
+    rows, columns = llava_next.grid_of(model_config.hf_config, (height, width))
+    newline = (1 + rows * columns) * PATCHES**2
+    patches = index[index != newline]
+    assert len(set(patches.tolist())) == len(patches)
+    assert set(range(PATCHES**2)) <= set(patches.tolist()), "the whole image is there"
+    assert index.max() <= newline
+
+
+def test_the_bound_is_reached_by_the_largest_image_alone(model_config):
+    context = InputContext(model_config)
+    assert llava_next.max_image_tokens(context) == ROWS_OF_LARGEST
+    dummy = llava_next.dummy_data(context, 300, {"image": 2})
+    sizes = {image.size for image in dummy.multi_modal_data["image"]}
+    assert sizes == {(2 * SIDE, 2 * SIDE)}
+    assert len(dummy.prompt_token_ids) == 2 + 300 - 2 * ROWS_OF_LARGEST
+
+
+@hypothesis.given(sides, sides)
+@hypothesis.settings(deadline=None, max_examples=25)
+def test_every_image_has_one_of_the_shapes_of_the_examples(model_config, height, width):
+    def shapes(image):
+        mapped = MULTIMODAL_REGISTRY.map_items(model_config, "image", [image])
+        rows = mapped["row_index"].shape[1]
+        padded = llava_next.pad_media(model_config.hf_config, mapped)
+        np.testing.assert_array_equal(padded["row_index"][:, :rows], mapped["row_index"])
+        return {name: array.shape for name, array in padded.items()}
+
+    examples = llava_next.media_examples(model_config.hf_config)["image"]
+    assert shapes(Image.new("RGB", (min(width, 300), min(height, 300)))) in [shapes(image) for image in examples]
+
+
+def test_nothing_compiles_after_warm_up_for_any_size(directory):
+    llm = LLM(
+        directory,
+        max_num_seqs=2,
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        on_recompile="raise",
+        show_progress=False,
+    )
+    sizes = [(28, 56), (84, 28), (56, 56), (7, 200), (100, 90)]
+    prompts = [
+        {"prompt": "w5 <image> w6", "multi_modal_data": {"image": Image.new("RGB", (width, height))}}
+        for height, width in sizes
+    ]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), on_error="raise", use_tqdm=False)
+    lengths = [len(llava_next.row_index(llm.model_config.hf_config, size)) for size in sizes]
+    assert [len(output.prompt_token_ids) - 2 for output in outputs] == lengths
+    assert len(set(lengths)) == 4
