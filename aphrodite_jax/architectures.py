@@ -21,6 +21,8 @@ _TABLE: dict[str, str | type] = {
     "LlamaForCausalLM": f"{_BUILT_IN}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_BUILT_IN}.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": f"{_BUILT_IN}.qwen2:Qwen2ForCausalLM",
+    "GemmaForCausalLM": f"{_BUILT_IN}.gemma:GemmaForCausalLM",
+    "Gemma2ForCausalLM": f"{_BUILT_IN}.gemma:Gemma2ForCausalLM",
     "LlavaForConditionalGeneration": f"{_BUILT_IN}.llava:LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
 }

@@ -159,6 +159,7 @@ class EngineConfig:
       memory_fraction: share of an accelerator's memory that may be used in all.
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
+      max_encode_items: media items of one shape that are encoded together at most: fewer take less memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
@@ -166,7 +167,7 @@ class EngineConfig:
       compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
         user's cache directory, None keeps none. A directory that JAX was configured with goes before.
       trace_dir: where each `LLM.generate` leaves a trace of `jax.profiler`, its steps named; None traces nothing.
-      show_progress: draw progress bars on stderr.
+      show_progress: draw progress bars on stderr, and tell there, after the warm-up, where the memory goes.
     """
 
     max_num_seqs: int = 16
@@ -175,6 +176,7 @@ class EngineConfig:
     kv_cache_memory: Any = None  # int | None once built
     memory_fraction: float = 0.9
     encoder_cache_tokens: int | None = None
+    max_encode_items: int = 8
     prefix_caching: bool = True
     preprocess_workers: int = 2
     warm_up: bool = True
@@ -189,6 +191,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "page_size",
             "encoder_cache_tokens",
+            "max_encode_items",
             "preprocess_workers",
         ):
             value = getattr(self, name)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,8 @@ class LLM:
         self._request_numbers = itertools.count()
         self._news: dict[str, RequestOutput] = {}  # latest outputs that nobody has taken yet
         self._pool = ThreadPoolExecutor(engine_config.preprocess_workers, "prepare")
+        if engine_config.show_progress and engine_config.warm_up:
+            print(self._summary(), file=sys.stderr)
 
     @property
     def tokenizer(self):
@@ -189,12 +192,7 @@ class LLM:
 
     def describe(self) -> str:
         """The model, which attention runs, where the device's memory goes, and the programs that were compiled."""
-        runner = self.engine.runner
-        return (
-            f"{self.model_config.model} on {jax.devices()[0].device_kind} ({jax.default_backend()}), "
-            f"{runner.num_pages} KV pages of {runner.page_size} tokens\n"
-            f"attention: {runner.attention_implementation}\n{runner.memory_budget()}\n\n{runner.programs.describe()}"
-        )
+        return f"{self._summary()}\n\n{self.engine.runner.programs.describe()}"
 
     def stats(self) -> dict[str, Any]:
         """Counts, times and the state of the caches since the start, as plain values.
@@ -203,6 +201,14 @@ class LLM:
         median, 99th percentile and maximum. ``prompt_tokens_cached`` stood in pages already.
         """
         return self.engine.describe_stats()
+
+    def _summary(self) -> str:
+        runner = self.engine.runner
+        return (
+            f"{self.model_config.model} on {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+            f"{runner.num_pages} KV pages of {runner.page_size} tokens\n"
+            f"attention: {runner.attention_implementation}\n{runner.memory_budget()}"
+        )
 
     def _generate_rendered(self, prompts, sampling_params, *, on_error, use_tqdm) -> list[RequestOutput]:
         """`generate` for a list in which errors stand in the places of prompts that could not be rendered."""

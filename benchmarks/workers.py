@@ -28,9 +28,9 @@ KV_CACHE_GIB = 2
 WARM_UP = 99
 """Number of the repeat that is not counted; its requests are unlike those of the others."""
 
-THREADS: dict[str, dict[str, str]] = {
-    "1 thread": {"OMP_NUM_THREADS": "1"},
-    "2 threads, passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+THREADS: dict[str, tuple[str, dict[str, str]]] = {
+    "1": ("1 thread", {"OMP_NUM_THREADS": "1"}),
+    "2": ("2 threads, passive", {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
 }
 """Settings of OpenMP for the peers: two threads that spin while they wait slow each other down on two cores."""
 
@@ -128,6 +128,7 @@ def add_options(parser: argparse.ArgumentParser, *, engines: Sequence[str], defa
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help="where checkpoints are written")
     if len(engines) > 1:
         parser.add_argument("--only", default=default or ",".join(engines), help=f"of {','.join(engines)}")
+        parser.add_argument("--threads", default=",".join(THREADS), help="settings of the peers to try: %(default)s")
         parser.add_argument("--vllm-python", help="interpreter of vLLM's environment; without it vLLM is left out")
 
 
@@ -154,12 +155,11 @@ def workers(
     if "vllm" in names and vllm_python is None:
         names.remove("vllm")
         say("vLLM is left out: --vllm-python tells where it is")
+    settings = [THREADS[threads] for threads in getattr(options, "threads", "").split(",") if threads]
     kinds: dict[str, list[tuple]] = {
         "ours": [(name, sys.executable, {}, {**limits, **variant}) for name, variant in variants.items()],
-        "transformers": [(name, sys.executable, threads, {}) for name, threads in THREADS.items()],
-        "vllm": [
-            (name, vllm_python, vllm_environment(vllm_python) | threads, limits) for name, threads in THREADS.items()
-        ]
+        "transformers": [(name, sys.executable, threads, {}) for name, threads in settings],
+        "vllm": [(name, vllm_python, vllm_environment(vllm_python) | threads, limits) for name, threads in settings]
         if vllm_python
         else [],
     }

@@ -65,6 +65,27 @@ QWEN2 = {
     **TEXT,
     "use_sliding_window": False,
 }
+GEMMA = {
+    "model_type": "gemma",
+    "architectures": ["GemmaForCausalLM"],
+    **TEXT,
+    "head_dim": 24,
+    "hidden_act": "gelu",  # old files mean the tanh form
+    "tie_word_embeddings": True,
+}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "architectures": ["Gemma2ForCausalLM"],
+    **{name: value for name, value in TEXT.items() if name != "hidden_act"},
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 24,
+    "query_pre_attn_scalar": 40,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 10.0,
+    "tie_word_embeddings": False,
+}
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -167,6 +188,9 @@ CASES: dict[str, tuple[dict, list[tuple[int, int | list[tuple[int, int]]]]]] = {
     "qwen2": (QWEN2, [(24, 0)]),
     "qwen2_tied": (QWEN2 | {"tie_word_embeddings": True}, [(24, 0)]),
     "qwen2_windows": (QWEN2_WINDOWS, [(24, 0)]),
+    "gemma": (GEMMA, [(24, 0)]),
+    "gemma2": (GEMMA2, [(24, 0)]),
+    "gemma2_no_caps": (GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, [(24, 0)]),
     **{
         f"llava_{tower}_{text}": (
             llava({"clip": CLIP, "siglip": SIGLIP}[tower], text_config),
@@ -209,6 +233,8 @@ UNLIKE = {
     },
     "mistral": MISTRAL | {"sliding_window": None},
     "qwen2_windows": QWEN2,
+    "gemma2": GEMMA2 | {"attn_logit_softcapping": None},
+    "gemma2_no_caps": GEMMA2 | {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2},
     "llava_clip_mistral": llava(CLIP, MISTRAL | {"sliding_window": None}),
     "llava_siglip_mistral": llava(SIGLIP, MISTRAL | {"sliding_window": None}),
     "llava_projector": llava(CLIP, LLAMA, multimodal_projector_bias=False, projector_hidden_act="quick_gelu"),

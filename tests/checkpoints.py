@@ -56,15 +56,19 @@ def pixel_values(pictures) -> np.ndarray:
 
 def weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint with this ``config.json``, under the names of hub files, in float32."""
-    return {name: _weight(name, shape, seed) for name, shape in shapes(config).items()}
+    gemma = "gemma" in config.get("text_config", config)["model_type"]
+    return {name: _weight(name, shape, seed, gemma) for name, shape in shapes(config).items()}
 
 
-def _weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _weight(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarray:
     noise = uniform(name, shape, seed)
     if "norm" in name and name.endswith("weight"):
-        return np.float32(1) + np.float32(0.4) * noise
+        centre = 0 if gemma and "vision" not in name else 1  # a Gemma's weight is what the factor has over 1
+        return np.float32(centre) + np.float32(0.4) * noise
     if len(shape) == 1:
         return np.float32(0.3) * noise
+    if gemma and "embed_tokens" in name:  # which the model multiplies by the root of the width
+        return np.float32(2 * shape[1] ** -0.5) * noise
     if "embed_tokens" in name or "position_embedding" in name:
         return noise
     # Unit variance in, `gain` times it out: sharp attention and spread logits, so that a fault shows.
@@ -97,7 +101,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def text_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """A Llama, Mistral or Qwen2 language model."""
+    """A Llama, Mistral, Qwen2, Gemma or Gemma 2 language model."""
     kind, width, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or width // heads
@@ -117,6 +121,8 @@ def text_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             **_linear("mlp.up_proj", inner, width, bias=mlp_bias),
             **_linear("mlp.down_proj", width, inner, bias=mlp_bias),
         }
+        if kind == "gemma2":
+            layer |= {f"{place}_feedforward_layernorm.weight": (width,) for place in ("pre", "post")}
         found |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     if not config.get("tie_word_embeddings"):
         found["lm_head.weight"] = (config["vocab_size"], width)

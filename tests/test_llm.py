@@ -21,6 +21,7 @@ from aphrodite_jax.errors import (
     RequestError,
     TooManyItemsError,
 )
+from aphrodite_jax.executor.model_runner import ModelRunner
 from aphrodite_jax.modeling.loader import load_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -375,6 +376,14 @@ def test_models_and_options_that_are_not_there(directory, tmp_path):
         LLM(tmp_path)
     with pytest.raises(ConfigError, match="takes image"):
         make_llm(directory, limit_mm_per_prompt={"audio": 1})
+
+
+def test_the_start_tells_which_attention_runs_and_where_the_memory_goes(capsys, monkeypatch, directory):
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, examples, show_progress: None)
+    make_llm(directory, show_progress=True, max_encode_items=1)
+    told = capsys.readouterr().err
+    assert "attention: xla" in told
+    assert "encoder cache" in told
 
 
 def test_describe_names_model_and_memory(llm, directory):

@@ -8,7 +8,6 @@ __all__ = ["TILE_SIZE", "Buckets", "make_buckets", "round_up"]
 
 TILE_SIZE = 16
 """Rows of a prefill tile; a request's chunk is padded to whole tiles (`kernels_pallas.paged_attention`)."""
-MAX_ENCODE_ITEMS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,13 +15,14 @@ class Buckets:
     """Sizes, ascending: rows of prompts in a step, rows of decode, items of an encode step.
 
     A step has one of ``decode_requests`` rows of decode and no prompts, or one of ``prefill_tokens`` rows of prompts
-    and either no rows of decode or room for all of them: a few programs where all pairs would be many. Where all
+    and either no rows of decode or one of ``joined_requests``: a few programs where all pairs would be many. Where all
     requests are greedy and none has a prompt to compute, one program does all, and its sizes, ``greedy_requests``, are
     finer.
     """
 
     prefill_tokens: tuple[int, ...]
     decode_requests: tuple[int, ...]
+    joined_requests: tuple[int, ...]
     greedy_requests: tuple[int, ...]
     encode_items: tuple[int, ...]
 
@@ -38,16 +38,20 @@ class Buckets:
         tokens = round_up(num_prefill_rows, self.prefill_tokens)
         if not num_decode:
             return 0, tokens, self.prefill_requests(tokens)
-        return self.decode_requests[-1], tokens, self.decode_requests[-1]
+        rows = round_up(num_decode, self.joined_requests)
+        requests = min(rows + self.prefill_requests(tokens), self.decode_requests[-1])
+        return rows, tokens, round_up(requests, self.decode_requests)
 
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         """All that `shape` may give."""
         decode = [self.shape(n, 0) for n in self.decode_requests]
-        return (*decode, *(self.shape(n, tokens) for tokens in self.prefill_tokens for n in (0, 1)))
+        return (*decode, *(self.shape(n, tokens) for tokens in self.prefill_tokens for n in (0, *self.joined_requests)))
 
 
-def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, max_encode_items: int = 8) -> Buckets:
     """Powers of two up to each maximum, the maximum itself at the end; greedy requests in finer steps from 16 on.
+
+    Beside prompts there is room for all rows of decode, or, of many, for a quarter.
 
     Raises:
       ConfigError: the token budget is below one tile.
@@ -58,8 +62,9 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> Buckets:
     return Buckets(
         prefill_tokens=_doubling(min(4 * TILE_SIZE, largest), largest),
         decode_requests=_doubling(1, max_num_seqs),
+        joined_requests=(max_num_seqs // 4, max_num_seqs) if max_num_seqs >= 32 else (max_num_seqs,),
         greedy_requests=_fine(max_num_seqs),
-        encode_items=_doubling(1, min(MAX_ENCODE_ITEMS, max_num_seqs)),
+        encode_items=_doubling(1, min(max_encode_items, max_num_seqs)),
     )
 
 

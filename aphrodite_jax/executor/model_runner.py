@@ -76,7 +76,7 @@ class ModelRunner:
         self._model_cls = type(model)
         self._multimodal = supports_multimodal(type(model))
         self.mask_specs = type(model).mask_specs(hf_config)
-        self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens)
+        self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens, engine_config.max_encode_items)
         self.page_size = engine_config.page_size
         self.attention_implementation = kernels_pallas.platform.default()
         self.context_length = model_config.context_length

@@ -3,7 +3,7 @@
 from aphrodite_jax.inputs.chat import render_chat
 from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlaceholderRange
 from aphrodite_jax.inputs.end_tokens import end_token_ids
-from aphrodite_jax.inputs.placeholders import expand_placeholders
+from aphrodite_jax.inputs.placeholders import dummy_prompt, expand_items, expand_placeholders
 from aphrodite_jax.inputs.registry import INPUT_REGISTRY, InputRegistry
 from aphrodite_jax.inputs.tokenizer import load_tokenizer
 from aphrodite_jax.multimodal.context import InputContext
@@ -15,7 +15,9 @@ __all__ = [
     "InputRegistry",
     "LLMInputs",
     "PlaceholderRange",
+    "dummy_prompt",
     "end_token_ids",
+    "expand_items",
     "expand_placeholders",
     "load_tokenizer",
     "render_chat",

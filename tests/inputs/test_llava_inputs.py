@@ -55,7 +55,9 @@ def test_dummy_data_are_the_largest_prompt(tmp_path, tower, image_size, patch_si
     assert sum(span.length for span in processed.placeholders["image"]) == 2 * tokens
     exact = INPUT_REGISTRY.dummy_data_for_profiling(model_config, 2 * tokens, MULTIMODAL_REGISTRY)
     assert exact.prompt_token_ids == (IMAGE, IMAGE)
-    with pytest.raises(ConfigError, match=f"2 images of {tokens} tokens do not fit in {2 * tokens - 1} tokens"):
+    with pytest.raises(
+        ConfigError, match=f"2 image items of up to {tokens} tokens do not fit in {2 * tokens - 1} tokens"
+    ):
         INPUT_REGISTRY.dummy_data_for_profiling(model_config, 2 * tokens - 1, MULTIMODAL_REGISTRY)
 
 

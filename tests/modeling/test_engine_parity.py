@@ -95,7 +95,7 @@ def test_images_of_any_size(tmp_path, name):
         check_answer(output, prompt)
 
 
-@pytest.mark.parametrize("name", ["qwen2_windows", "llama_longrope"])
+@pytest.mark.parametrize("name", ["qwen2_windows", "llama_longrope", "gemma2"])
 def test_text_models_with_two_masks_or_length_dependent_positions(tmp_path, name):
     golden = read_golden(name)
     llm = make_llm(golden.write_checkpoint(tmp_path))

@@ -18,15 +18,26 @@ from aphrodite_jax.modeling.layers.stack import call_layer
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 
-__all__ = ["LlamaForCausalLM", "head_dim_of"]
+__all__ = ["LlamaDecoderLayer", "LlamaForCausalLM", "head_dim_of", "masks_of_layer_types"]
 
 
 class LlamaAttention(nnx.Module):
     """Self-attention with grouped heads and rotary positions, under one mask kind."""
 
-    def __init__(self, config, *, mask: str, qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config,
+        *,
+        mask: str,
+        qkv_bias: bool,
+        out_bias: bool,
+        dtype,
+        rngs: nnx.Rngs,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
-        self.mask, self.head_dim = mask, head_dim
+        self.mask, self.head_dim, self.scale, self.soft_cap = mask, head_dim, scale, soft_cap
         width, kw = config.hidden_size, {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.q_proj = nnx.Linear(width, heads * head_dim, use_bias=qkv_bias, **kw)
         self.k_proj = nnx.Linear(width, kv_heads * head_dim, use_bias=qkv_bias, **kw)
@@ -46,17 +57,17 @@ class LlamaAttention(nnx.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        out, kv_cache = attend(q, k, v, kv_cache, metadata, mask=self.mask)
+        out, kv_cache = attend(q, k, v, kv_cache, metadata, mask=self.mask, scale=self.scale, soft_cap=self.soft_cap)
         return self.o_proj(out.reshape(len(x), -1)), kv_cache
 
 
 class LlamaMLP(nnx.Module):
-    """Gated feed-forward (SwiGLU, https://arxiv.org/abs/2002.05202)."""
+    """Gated feed-forward (SwiGLU and its kin, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         bias = getattr(config, "mlp_bias", False)
         kw = {"use_bias": bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.act = activation(config.hidden_act)
+        self.act = activation(getattr(config, "hidden_act", None) or config.hidden_activation)
         self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
         self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
         self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **kw)
@@ -67,14 +78,31 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaDecoderLayer(nnx.Module):
-    """Attention and feed-forward, each after a norm and added to what came in."""
+    """Attention and feed-forward, each after a norm and added to what came in.
+
+    Families with other layers subclass it: ``norm_class`` is that of the whole model.
+    """
+
+    norm_class: type = nnx.RMSNorm
 
     def __init__(self, config, *, mask: str, qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
-        self.self_attn = LlamaAttention(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw)
+        scaling = self.attention_scaling(config)
+        self.self_attn = LlamaAttention(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **scaling, **kw)
         self.mlp = LlamaMLP(config, **kw)
-        self.input_layernorm = _norm(config, **kw)
-        self.post_attention_layernorm = _norm(config, **kw)
+        self.input_layernorm = self.norm(config, **kw)
+        self.post_attention_layernorm = self.norm(config, **kw)
+
+    @staticmethod
+    def attention_scaling(config) -> dict[str, float | None]:
+        """``scale`` and ``soft_cap`` of the attention's scores; none are one over the root of a head's width."""
+        return {}
+
+    @classmethod
+    def norm(cls, config, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
+        """A norm of the residual stream's width."""
+        kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        return cls.norm_class(config.hidden_size, epsilon=config.rms_norm_eps, **kw)
 
     def __call__(self, x, rotary, kv_cache, metadata):
         """Hidden states ``[T, D]`` and the cache, as `LlamaAttention`."""
@@ -86,14 +114,24 @@ class LlamaDecoderLayer(nnx.Module):
 class LlamaModel(nnx.Module):
     """Embeddings, decoder layers and the last norm."""
 
-    def __init__(self, config, *, masks: Sequence[str], qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config,
+        *,
+        layer_class: type[LlamaDecoderLayer],
+        masks: Sequence[str],
+        qkv_bias: bool,
+        out_bias: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         kw = {"dtype": dtype, "rngs": rngs}
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, **kw)
         self.layers = nnx.List(
-            LlamaDecoderLayer(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw) for mask in masks
+            layer_class(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw) for mask in masks
         )
-        self.norm = _norm(config, **kw)
+        self.norm = layer_class.norm(config, **kw)
 
     def __call__(self, x, positions, kv_caches, metadata):
         """Hidden states after the last norm from token embeddings ``[T, D]``, and the new caches."""
@@ -112,8 +150,10 @@ class LlamaModel(nnx.Module):
 class LlamaForCausalLM(nnx.Module):
     """Llama as a language model; see `aphrodite_jax.modeling.models.interfaces.LanguageModel`.
 
-    Families with the same decoder subclass it and say what differs: the mask kind of each layer, the biases.
+    Families with the same decoder subclass it and say what differs: the layers, the mask kind of each, the biases.
     """
+
+    layer_class: type[LlamaDecoderLayer] = LlamaDecoderLayer
 
     weight_rules = (
         WeightRule(r".*\.rotary_emb\.inv_freq", None),
@@ -124,7 +164,14 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
         qkv_bias, out_bias = self.attention_biases(config)
         kw = {"dtype": dtype, "rngs": rngs}
-        self.model = LlamaModel(config, masks=self.layer_masks(config), qkv_bias=qkv_bias, out_bias=out_bias, **kw)
+        self.model = LlamaModel(
+            config,
+            layer_class=self.layer_class,
+            masks=self.layer_masks(config),
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            **kw,
+        )
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, param_dtype=dtype, **kw)
 
@@ -178,5 +225,6 @@ def head_dim_of(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _norm(config, *, dtype, rngs):
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+def masks_of_layer_types(config) -> tuple[str, ...]:
+    """Mask kind of each layer, as the config's ``layer_types`` say."""
+    return tuple("sliding" if kind == "sliding_attention" else "full" for kind in config.layer_types)

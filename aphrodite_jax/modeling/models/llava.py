@@ -17,7 +17,7 @@ from PIL import Image
 
 from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.errors import ConfigError
-from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, expand_placeholders
+from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt, expand_items
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
@@ -51,18 +51,8 @@ def max_image_tokens(ctx: InputContext) -> int:
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
     """As many images as allowed, each behind its placeholder token, then padding up to ``seq_len`` tokens."""
     config: Any = ctx.get_hf_config(transformers.LlavaConfig)
-    count, size = mm_counts["image"], config.vision_config.image_size
-    padding = seq_len - count * num_image_tokens(config)
-    if padding < 0:
-        raise ConfigError(
-            f"{count} images of {num_image_tokens(config)} tokens do not fit in {seq_len} tokens: "
-            "lower limit_mm_per_prompt or raise max_model_len"
-        )
-    image = Image.new("RGB", (size, size))
-    return DummyData(
-        prompt_token_ids=(config.image_token_index,) * count + (0,) * padding,
-        multi_modal_data={"image": [image] * count},
-    )
+    images = [Image.new("RGB", (config.vision_config.image_size,) * 2)] * mm_counts["image"]
+    return dummy_prompt(seq_len, "image", config.image_token_index, images, num_image_tokens(config))
 
 
 def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
@@ -70,13 +60,7 @@ def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
     config = ctx.get_hf_config(transformers.LlavaConfig)
     images = inputs.multi_modal_data.get("image", ())
     lengths = [embedding_rows(image) or num_image_tokens(config) for image in images]
-    tokens, ranges = expand_placeholders(inputs.prompt_token_ids, config.image_token_index, lengths)
-    return LLMInputs(
-        prompt_token_ids=tokens,
-        prompt=inputs.prompt,
-        multi_modal_data=inputs.multi_modal_data,
-        placeholders={"image": ranges} if images else {},
-    )
+    return expand_items(inputs, "image", config.image_token_index, lengths)
 
 
 # The model.

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from aphrodite_jax.errors import ConfigError
-from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, expand_placeholders
+from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt, expand_items
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
@@ -108,18 +108,9 @@ def media_examples(config) -> dict[str, list[Image.Image]]:
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
     """As many of the largest images as allowed, each behind its placeholder token, then padding to ``seq_len``."""
     config: Any = _config(ctx)
-    count, tokens = mm_counts["image"], max_image_tokens(ctx)
-    padding = seq_len - count * tokens
-    if padding < 0:
-        raise ConfigError(
-            f"{count} images of up to {tokens} tokens do not fit in {seq_len} tokens: lower limit_mm_per_prompt or "
-            "raise max_model_len"
-        )
     height, width = max(sizes_of_grids(config), key=lambda size: len(row_index(config, size)))
-    return DummyData(
-        prompt_token_ids=(config.image_token_index,) * count + (0,) * padding,
-        multi_modal_data={"image": [Image.new("RGB", (width, height))] * count},
-    )
+    images = [Image.new("RGB", (width, height))] * mm_counts["image"]
+    return dummy_prompt(seq_len, "image", config.image_token_index, images, max_image_tokens(ctx))
 
 
 def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
@@ -127,13 +118,7 @@ def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
     config = _config(ctx)
     images = inputs.multi_modal_data.get("image", ())
     lengths = [embedding_rows(image) or len(row_index(config, _size(image))) for image in images]
-    tokens, ranges = expand_placeholders(inputs.prompt_token_ids, config.image_token_index, lengths)
-    return LLMInputs(
-        prompt_token_ids=tokens,
-        prompt=inputs.prompt,
-        multi_modal_data=inputs.multi_modal_data,
-        placeholders={"image": ranges} if images else {},
-    )
+    return expand_items(inputs, "image", config.image_token_index, lengths)
 
 
 def _config(ctx: InputContext) -> Any:

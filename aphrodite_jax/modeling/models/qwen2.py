@@ -4,7 +4,7 @@ https://arxiv.org/abs/2407.10671
 """
 
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
-from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
+from aphrodite_jax.modeling.models.llama import LlamaForCausalLM, masks_of_layer_types
 
 __all__ = ["Qwen2ForCausalLM"]
 
@@ -15,13 +15,13 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     @staticmethod
     def layer_masks(config) -> tuple[str, ...]:
         """As the config's ``layer_types`` say."""
-        return tuple("sliding" if kind == "sliding_attention" else "full" for kind in config.layer_types)
+        return masks_of_layer_types(config)
 
     @staticmethod
     def mask_specs(config) -> dict[str, MaskSpec]:
         """Full causal attention, and the window where a layer has one."""
         specs = {"full": MaskSpec(), "sliding": MaskSpec(window=config.sliding_window)}
-        return {kind: specs[kind] for kind in dict.fromkeys(Qwen2ForCausalLM.layer_masks(config))}
+        return {kind: specs[kind] for kind in dict.fromkeys(masks_of_layer_types(config))}
 
     @staticmethod
     def attention_biases(config) -> tuple[bool, bool]:
