@@ -1,5 +1,6 @@
 """What a user touches, on a tiny model whose every program is compiled ahead: a late compile is an error here."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from aphrodite_jax.errors import (
     RequestError,
     TooManyItemsError,
 )
+from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.model_runner import ModelRunner
+from aphrodite_jax.executor.programs import Programs
 from aphrodite_jax.modeling.loader import load_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -379,11 +382,33 @@ def test_models_and_options_that_are_not_there(directory, tmp_path):
 
 
 def test_the_start_tells_which_attention_runs_and_where_the_memory_goes(capsys, monkeypatch, directory):
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, examples, show_progress: None)
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, show_progress: None)
     make_llm(directory, show_progress=True, max_encode_items=1)
     told = capsys.readouterr().err
     assert "attention: xla" in told
     assert "encoder cache" in told
+
+
+def test_pages_leave_room_for_the_hungrier_program(directory, monkeypatch):
+    """As on an accelerator, whose memory is what it is."""
+    monkeypatch.setattr(memory, "device_limit", lambda device, fraction: 64 * 2**20)
+    llm = make_llm(directory, warm_up=False)
+    page = llm.engine.runner.memory_budget().kv_pages // llm.engine.runner.num_pages
+    encode = []
+    compile_jobs = Programs.compile
+
+    def hungrier(self, jobs, **options):
+        compile_jobs(self, jobs, **options)
+        encode.extend(job for job in jobs if job.name == "encode")
+        for key, program in self._compiled.items():
+            if program.name == "encode":
+                self._compiled[key] = dataclasses.replace(program, temp_bytes=program.temp_bytes + 2**24)
+
+    monkeypatch.setattr(Programs, "compile", hungrier)
+    hungry = make_llm(directory, warm_up=False)
+    assert len(encode) == 1
+    fewer = llm.engine.runner.num_pages - hungry.engine.runner.num_pages
+    assert 0 < fewer <= 2**24 // page
 
 
 def test_describe_names_model_and_memory(llm, directory):

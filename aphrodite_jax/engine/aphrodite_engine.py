@@ -11,6 +11,7 @@ request with penalties, whose next token hangs on those before in the host's han
 
 import collections
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -95,10 +96,10 @@ class AphroditeEngine:
             engine_config,
             media_budget=media_budget,
             max_num_batched_tokens=self._prefill_tokens(),
+            media_examples=functools.partial(media_examples, model_config),
         )
         if engine_config.warm_up:
-            examples = media_examples(model_config, self.runner.rows_per_item)
-            self.runner.warm_up(examples, show_progress=engine_config.show_progress)
+            self.runner.warm_up(show_progress=engine_config.show_progress)
         self.scheduler = Scheduler(
             BlockManager(self.runner.num_pages, self.runner.page_size),
             EncoderCache(self.runner.encoder_rows),

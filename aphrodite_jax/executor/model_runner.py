@@ -13,7 +13,7 @@ arrays that may still be on their way.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,8 @@ from kernels_pallas.pages import pages_shape
 
 __all__ = ["MAX_DECODE_STEPS", "ModelRunner"]
 
+RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
+
 PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
 MAX_DECODE_STEPS = 8
@@ -59,6 +61,8 @@ class ModelRunner:
       model_config, engine_config: as given by the user.
       media_budget: rows that the media of one prompt at its limits take; 0 for a text model.
       max_num_batched_tokens: tokens of a prefill step.
+      media_examples: gives arrays of one item of each shape in which media are encoded, from `rows_per_item`; it is
+        asked where memory must be planned and when programs are compiled ahead.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class ModelRunner:
         *,
         media_budget: int,
         max_num_batched_tokens: int,
+        media_examples: Callable[[RowsPerItem], Sequence[Mapping[str, np.ndarray]]] = lambda rows_per_item: (),
     ):
         hf_config = model_config.hf_config
         self._graphdef: Any
@@ -90,12 +95,13 @@ class ModelRunner:
         self.num_slots = engine_config.max_num_seqs
         self._last_tokens = jnp.zeros(self.num_slots, jnp.int32)
         self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
+        self._make_media_examples = media_examples
         self._allocate_pages(engine_config)
 
     # Start-up.
 
-    def warm_up(self, media_examples: Sequence[Mapping[str, np.ndarray]], *, show_progress: bool) -> None:
-        """Compile every program of every bucket; ``media_examples`` are the arrays of one item of each shape."""
+    def warm_up(self, *, show_progress: bool) -> None:
+        """Compile every program of every bucket."""
         logits = [self._shape((n, self.vocab_size), jnp.float32) for n in self.buckets.decode_requests]
         jobs = [self._sample_job(x, np.zeros(len(x), np.int32), None) for x in logits]
         jobs += [
@@ -105,10 +111,7 @@ class ModelRunner:
         ]
         jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
         jobs += [self._decode_job(*self._decode_arrays((), (), ()), 1, n) for n in self.buckets.greedy_requests]
-        for example in media_examples:
-            for items in self.buckets.encode_items:
-                arrays = {name: np.repeat(array, items, axis=0) for name, array in example.items()}
-                jobs.append(self._encode_job(arrays, items))
+        jobs += [self._encode_job_of(example, n) for example in self._media_examples for n in self.buckets.encode_items]
         if self._multimodal:
             jobs += [
                 self._store_job(np.zeros((rows, self._width), self._dtype), np.zeros(rows, np.int32))
@@ -215,6 +218,10 @@ class ModelRunner:
             parts.append(jax.tree.map(lambda x, n=targets[part].size: x[:n], result))
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
+    @functools.cached_property
+    def _media_examples(self) -> Sequence[Mapping[str, np.ndarray]]:
+        return self._make_media_examples(self.rows_per_item) if self._multimodal else ()
+
     # Programs: each method says what one takes, for a run and for compiling ahead alike.
 
     def _forward_job(self, batch: ForwardBatch) -> CompileJob:
@@ -299,6 +306,9 @@ class ModelRunner:
         key = (count, tuple((name, x.shape, str(x.dtype)) for name, x in sorted(arrays.items())))
         args = (self._params, self._encoder_cache, dict(arrays), targets)
         return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
+
+    def _encode_job_of(self, example: Mapping[str, np.ndarray], count: int) -> CompileJob:
+        return self._encode_job({name: np.repeat(array, count, axis=0) for name, array in example.items()}, count)
 
     def _store_job(self, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:
         def store(encoder_cache, embeds, targets):
@@ -424,10 +434,13 @@ class ModelRunner:
         self._kv_caches = self._page_shapes(1, device.platform)
         used = 0
         if self._limit is not None and engine_config.kv_cache_memory is None:
-            largest = self._dummy_batch(*self.buckets.shape(1, self.buckets.prefill_tokens[-1]))
-            self.programs.compile([self._forward_job(largest)], show_progress=False)
+            largest = self._dummy_batch(*self.buckets.shape(self.num_slots, self.buckets.prefill_tokens[-1]))
+            jobs = [self._forward_job(largest)]
+            jobs += [self._encode_job_of(example, self.buckets.encode_items[-1]) for example in self._media_examples]
+            self.programs.compile(jobs, show_progress=False)
             used = _nbytes(self._params) + self._encoder_cache.nbytes
-            used += self.programs.largest_temp_bytes("forward")
+            # They run one after the other: there must be room for the hungrier one.
+            used += max(map(self.programs.largest_temp_bytes, ("forward", "encode")))
             self.programs = Programs(engine_config.on_recompile)  # the real ones have another number of pages
         self.num_pages = memory.num_kv_pages(
             page_bytes=page_bytes,

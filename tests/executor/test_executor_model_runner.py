@@ -42,7 +42,7 @@ def make_runner(model, directory, **options):
 @pytest.fixture(scope="module")
 def runner(model, tmp_path_factory):
     runner = make_runner(model, tmp_path_factory.mktemp("mistral"), page_size=8)
-    runner.warm_up([], show_progress=False)
+    runner.warm_up(show_progress=False)
     return runner
 
 
