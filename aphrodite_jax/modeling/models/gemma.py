@@ -26,6 +26,7 @@ class GemmaRMSNorm(nnx.RMSNorm):
         """Each row over its root mean square, times the factor."""
         rows = x.astype(jnp.float32)
         rows = rows * jax.lax.rsqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + self.epsilon)
+        assert self.scale is not None, "the base class makes one unless it is told not to"
         factor = 1 + self.scale[...].astype(jnp.float32)
         return (rows * jnp.broadcast_to(factor, rows.shape)).astype(x.dtype)
 
