@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aphrodite_jax import LLM, ModelConfig, SamplingParams
+from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.modeling.models import llava_next
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
 
@@ -78,6 +79,14 @@ def test_every_image_has_one_of_the_shapes_of_the_examples(model_config, height,
 
     examples = llava_next.media_examples(model_config.hf_config)["image"]
     assert shapes(Image.new("RGB", (min(width, 300), min(height, 300)))) in [shapes(image) for image in examples]
+
+
+def test_a_processor_with_other_tiles_is_refused(directory):
+    options = {"image_grid_pinpoints": [[SIDE, 3 * SIDE]]}
+    with pytest.raises(ConfigError, match=r"56 x 56 pixels into 4 tiles, the config's image_grid_pinpoints say 5"):
+        MULTIMODAL_REGISTRY.map_input(
+            ModelConfig(model=directory, mm_processor_kwargs=options), {"image": Image.new("RGB", (2 * SIDE, 2 * SIDE))}
+        )
 
 
 def test_nothing_compiles_after_warm_up_for_any_size(directory):

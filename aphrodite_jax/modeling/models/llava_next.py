@@ -77,17 +77,27 @@ def max_image_tokens(ctx: InputContext) -> int:
 
 
 def map_images(ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
-    """``pixel_values`` of the tiles of each image, the whole first, and its ``row_index``."""
+    """``pixel_values`` of the tiles of each image, the whole first, and its ``row_index``.
+
+    Raises:
+      ConfigError: the image processor cuts into other tiles than the model's config says.
+    """
+    return MultiModalInputs.batch([_map_image(ctx, item) for item in items])
+
+
+def _map_image(ctx: InputContext, image: Any) -> MultiModalInputs:
     config = _config(ctx)
-    mapped = ImagePlugin().default_mapper(ctx, items)
-    if "image_sizes" not in mapped:  # embeddings
+    (mapped,) = ImagePlugin().default_mapper(ctx, [image]).split()
+    if "pixel_values" not in mapped:  # embeddings
         return mapped
-    images = []
-    for item, image in zip(mapped.split(), items, strict=True):
-        rows, columns = grid_of(config, _size(image))
-        tiles = item["pixel_values"][: 1 + rows * columns]  # the processor fills up to the image of the most tiles
-        images.append(MultiModalInputs({"pixel_values": tiles, "row_index": row_index(config, _size(image))}))
-    return MultiModalInputs.batch(images)
+    rows, columns = grid_of(config, _size(image))
+    if len(mapped["pixel_values"]) != 1 + rows * columns:
+        raise ConfigError(
+            f"the image processor cut an image of {image.width} x {image.height} pixels into "
+            f"{len(mapped['pixel_values'])} tiles, the config's image_grid_pinpoints say {1 + rows * columns}: "
+            "they must be the same in both"
+        )
+    return MultiModalInputs({"pixel_values": mapped["pixel_values"], "row_index": row_index(config, _size(image))})
 
 
 def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
