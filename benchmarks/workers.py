@@ -155,6 +155,8 @@ def workers(
     if "vllm" in names and vllm_python is None:
         names.remove("vllm")
         say("vLLM is left out: --vllm-python tells where it is")
+    if unknown := set(filter(None, getattr(options, "threads", "").split(","))) - set(THREADS):
+        raise SystemExit(f"--threads takes {', '.join(THREADS)}, got {', '.join(sorted(unknown))}")
     settings = [THREADS[threads] for threads in getattr(options, "threads", "").split(",") if threads]
     kinds: dict[str, list[tuple]] = {
         "ours": [(name, sys.executable, {}, {**limits, **variant}) for name, variant in variants.items()],

@@ -5,7 +5,7 @@ be prepared at a time, in threads.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
 from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
+from aphrodite_jax.executor.model_runner import RowsPerItem
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
@@ -24,7 +25,6 @@ from kernels_pallas.intervals import RowIntervals
 __all__ = ["Prompt", "PromptPreparer"]
 
 Prompt = str | Mapping[str, Any]
-RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
 
 PROMPT_KEYS = {"prompt", "prompt_token_ids", "multi_modal_data"}
 

@@ -1,12 +1,12 @@
 """The largest legal prompt, from a model's registered dummy data, through the same functions as any request."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RegistrationError
+from aphrodite_jax.executor.model_runner import RowsPerItem
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
@@ -20,9 +20,7 @@ def media_tokens_per_prompt(model_config: ModelConfig) -> int:
     return MULTIMODAL_REGISTRY.get_max_multimodal_tokens(model_config)
 
 
-def media_examples(
-    model_config: ModelConfig, rows_per_item: Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
-) -> tuple[dict[str, np.ndarray], ...]:
+def media_examples(model_config: ModelConfig, rows_per_item: RowsPerItem) -> tuple[dict[str, np.ndarray], ...]:
     """Padded arrays of one item for each shape: of the dummy items and of the model's ``media_examples``.
 
     Raises:

@@ -43,7 +43,7 @@ from kernels_pallas.intervals import RowIntervals, causal
 from kernels_pallas.paged_attention import check_block_tables
 from kernels_pallas.pages import pages_shape
 
-__all__ = ["MAX_DECODE_STEPS", "ModelRunner"]
+__all__ = ["MAX_DECODE_STEPS", "ModelRunner", "RowsPerItem"]
 
 RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
 

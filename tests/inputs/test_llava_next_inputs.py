@@ -1,9 +1,13 @@
 """LLaVA-NeXT's tiles: tokens of an image of any size, the bound, and shapes that are compiled ahead."""
 
+import copy
+
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
 from golden_files import read_golden
 from hypothesis import strategies as st
 from PIL import Image
@@ -87,6 +91,14 @@ def test_a_processor_with_other_tiles_is_refused(directory):
         MULTIMODAL_REGISTRY.map_input(
             ModelConfig(model=directory, mm_processor_kwargs=options), {"image": Image.new("RGB", (2 * SIDE, 2 * SIDE))}
         )
+
+
+def test_a_tower_without_a_class_token_is_refused():
+    config = copy.deepcopy(GOLDEN.config)
+    config["vision_config"] = read_golden("llava_siglip_llama").config["vision_config"]
+    config = transformers.LlavaNextConfig.from_dict(config)
+    with pytest.raises(ConfigError, match="over a siglip_vision_model is not supported"):
+        llava_next.LlavaNextForConditionalGeneration(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def test_nothing_compiles_after_warm_up_for_any_size(directory):

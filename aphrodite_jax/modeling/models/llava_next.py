@@ -163,6 +163,11 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
                 "supported: tiles are put together from their patches alone, as with 'default'"
             )
         super().__init__(config, dtype=dtype, rngs=rngs)
+        if not self.vision_tower.has_class_token:
+            raise ConfigError(
+                f"LLaVA-NeXT over a {config.vision_config.model_type} is not supported: 'default' drops the first row "
+                "of a tile, which must be a class token; there is clip_vision_model"
+            )
         width = config.text_config.hidden_size
         self.image_newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), dtype))
 
