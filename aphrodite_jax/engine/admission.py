@@ -12,17 +12,23 @@ import numpy as np
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
-from aphrodite_jax.errors import AphroditeError, PlaceholderError, PromptTooLongError, RequestError
+from aphrodite_jax.errors import (
+    AphroditeError,
+    PlaceholderError,
+    PromptTooLongError,
+    RegistrationError,
+    RequestError,
+)
 from aphrodite_jax.executor.model_runner import RowsPerItem
-from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
+from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs, PlacedItem
 from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
-from aphrodite_jax.modeling.models.interfaces import MaskSpec
+from aphrodite_jax.modeling.models.interfaces import MaskSpec, position_axes
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
 from aphrodite_jax.multimodal.context import model_class
 from kernels_pallas import intervals
 from kernels_pallas.intervals import RowIntervals
 
-__all__ = ["Prompt", "PromptPreparer"]
+__all__ = ["Prompt", "PromptPreparer", "map_media", "prompt_intervals", "prompt_positions"]
 
 Prompt = str | Mapping[str, Any]
 
@@ -83,11 +89,13 @@ class PromptPreparer:
         inputs = self._tokenize(prompt)
         inputs = INPUT_REGISTRY.process_input(self._model_config, inputs)
         token_ids = self._check_tokens(inputs)
+        placed = map_media(self._model_config, inputs)
         return PreparedPrompt(
             text=inputs.prompt,
             token_ids=token_ids,
             intervals=prompt_intervals(self._mask_specs, len(token_ids), inputs.placeholders),
-            media=self._map(inputs),
+            media=self._check_media(inputs, placed),
+            positions=prompt_positions(self._model_config, token_ids, placed),
             key_salt=str(len(token_ids)).encode() if self._angles_depend_on_length else b"",
         )
 
@@ -131,7 +139,7 @@ class PromptPreparer:
         outside = (token_ids < 0) | (token_ids >= self._vocab_size)
         for ranges in inputs.placeholders.values():
             for span in ranges:
-                outside[span.offset : span.stop] = False
+                outside[span.row_tokens] = False
         if outside.any():
             raise RequestError(
                 f"token {token_ids[outside][0]} is not in the model's vocabulary of {self._vocab_size}; "
@@ -139,21 +147,22 @@ class PromptPreparer:
             )
         return token_ids.astype(np.int32)
 
-    def _map(self, inputs: LLMInputs) -> tuple[MediaItem, ...]:
-        media = []
-        for modality, items in inputs.multi_modal_data.items():
-            for item, placeholder in zip(items, inputs.placeholders[modality], strict=True):
-                media.append(self._map_item(modality, item, placeholder))
-        total = sum(item.placeholder.length for item in media)
+    def _check_media(self, inputs: LLMInputs, placed: Sequence[PlacedItem]) -> tuple[MediaItem, ...]:
+        total = sum(item.placeholder.num_rows for item in placed)
         if total > self._max_media_rows:
             raise RequestError(
                 f"the media take {total} rows, the encoder cache has {self._max_media_rows}: raise encoder_cache_tokens"
             )
-        return tuple(sorted(media, key=lambda item: item.placeholder.offset))
+        contents = {
+            place: item
+            for modality, items in inputs.multi_modal_data.items()
+            for place, item in zip(inputs.placeholders[modality], items, strict=True)
+        }
+        return tuple(self._check_item(item, contents[item.placeholder]) for item in placed)
 
-    def _map_item(self, modality: str, item, placeholder) -> MediaItem:
-        mm_kwargs = MULTIMODAL_REGISTRY.map_items(self._model_config, modality, [item])
-        mm_kwargs = {name: np.asarray(array) for name, array in mm_kwargs.items()}
+    def _check_item(self, item: PlacedItem, content: Any) -> MediaItem:
+        assert item.mm_kwargs is not None, "mapped here"
+        modality, placeholder, mm_kwargs = item.modality, item.placeholder, item.mm_kwargs
         options = self._model_config.mm_processor_kwargs
         embeds = None
         if set(mm_kwargs) == {f"{modality}_embeds"}:
@@ -162,18 +171,50 @@ class PromptPreparer:
         else:
             rows = sum(self._rows_per_item(mm_kwargs).get(modality, ()))
             mm_kwargs = self._model_cls.pad_media(self._model_config.hf_config, mm_kwargs)
-        if rows != placeholder.length:
+        if rows != placeholder.num_rows:
             raise PlaceholderError(
-                f"the prompt holds {placeholder.length} tokens for the {modality} item at token "
+                f"the prompt holds {placeholder.num_rows} tokens for the {modality} item at token "
                 f"{placeholder.offset}, the model makes {rows} rows of it"
             )
         return MediaItem(
             modality=modality,
-            content_hash=content_hash(item, {"modality": modality, **options}),
+            content_hash=content_hash(content, {"modality": modality, **options}),
             placeholder=placeholder,
             mm_kwargs=None if embeds is not None else mm_kwargs,
             embeds=embeds,
         )
+
+
+def map_media(model_config: ModelConfig, inputs: LLMInputs) -> tuple[PlacedItem, ...]:
+    """What the mappers make of the items of processed inputs, in the order of their places."""
+    placed = []
+    for modality, items in inputs.multi_modal_data.items():
+        for item, placeholder in zip(items, inputs.placeholders[modality], strict=True):
+            mapped = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
+            arrays = {name: np.asarray(array) for name, array in mapped.items()}
+            placed.append(PlacedItem(modality=modality, placeholder=placeholder, mm_kwargs=arrays))
+    return tuple(sorted(placed, key=lambda item: item.placeholder.offset))
+
+
+def prompt_positions(
+    model_config: ModelConfig, token_ids: np.ndarray, placed: Sequence[PlacedItem]
+) -> np.ndarray | None:
+    """Positions ``[axes, T]`` of a whole prompt for a model that has several axes of them, else None.
+
+    Raises:
+      RegistrationError: the model gave something else.
+    """
+    model_cls: Any = model_class(model_config)
+    axes = position_axes(model_cls)
+    if axes == 1:
+        return None
+    positions = np.asarray(model_cls.prompt_positions(model_config.hf_config, token_ids, placed))
+    if positions.shape != (axes, len(token_ids)) or positions.dtype.kind != "i":
+        raise RegistrationError(
+            f"{model_cls.__name__}.prompt_positions gave {positions.dtype}{list(positions.shape)} for "
+            f"{len(token_ids)} tokens; expected whole numbers [{axes}, {len(token_ids)}]"
+        )
+    return positions.astype(np.int32)
 
 
 def prompt_intervals(
@@ -182,8 +223,10 @@ def prompt_intervals(
     """Row intervals of a whole prompt for each mask kind."""
     result = {}
     for kind, spec in mask_specs.items():
+        is_row = np.zeros(length, bool)
+        for placeholder in (r for modality in spec.bidirectional for r in placeholders.get(modality, ())):
+            is_row[placeholder.row_tokens] = True
         rows = intervals.causal(length, window=spec.window)
-        spans = [(r.offset, r.stop) for modality in spec.bidirectional for r in placeholders.get(modality, ())]
-        rows = intervals.bidirectional_spans(rows, spans)
+        rows = intervals.bidirectional_spans(rows, intervals.runs(is_row), clamp_start=spec.clamp_start)
         result[kind] = intervals.prefix(rows, length) if spec.prefix else rows
     return result

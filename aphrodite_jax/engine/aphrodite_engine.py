@@ -291,6 +291,7 @@ class AphroditeEngine:
             tokens = self.runner.decode(
                 [sequence.slot for sequence in sequences],
                 [chunk.begin for chunk in plan.decode],
+                [sequence.prompt.position_offset for sequence in sequences],
                 [self.scheduler.blocks.block_table(sequence.sequence_id) for sequence in sequences],
                 plan.num_steps,
             )
@@ -370,6 +371,7 @@ class AphroditeEngine:
             start=begin,
             prompt_length=sequence.prompt_length,
             intervals=sequence.intervals(begin, end),
+            positions=sequence.positions(begin, end),
             pages=self.scheduler.blocks.block_table(sequence.sequence_id),
             media_rows=self._media_rows(sequence, begin, end),
             slot=sequence.slot,
@@ -380,11 +382,12 @@ class AphroditeEngine:
             return None
         media_rows = np.full(end - begin, -1, np.int32)
         for item in sequence.prompt.media:
-            a, b = max(begin, item.placeholder.offset), min(end, item.placeholder.stop)
-            if a < b:
+            if item.placeholder.offset < end and begin < item.placeholder.stop:
                 rows = self.scheduler.encoder_cache.lookup(item.content_hash)
                 assert rows is not None, "a running sequence's media are pinned"
-                media_rows[a - begin : b - begin] = rows[a - item.placeholder.offset : b - item.placeholder.offset]
+                tokens = item.placeholder.row_tokens
+                first, last = np.searchsorted(tokens, (begin, end))
+                media_rows[tokens[first:last] - begin] = rows[first:last]
         return media_rows
 
     def _sampling_batch(self, plan: Plan, num_rows: int) -> SamplingBatch:

@@ -3,7 +3,7 @@
 A page's keys and values depend on its tokens, on the media that stand in it, on which keys its rows see, and on all
 that stands before it. A key is a hash of just that, chained from page to page:
 
-    key[i] = hash(key[i - 1], tokens, row intervals of every mask kind, (hash, first row) of each item)
+    key[i] = hash(key[i - 1], tokens, row intervals of every mask kind, positions, (hash, first row) of each item)
 
 So two different images never share a page, and a system prompt always does. Row intervals count because a prefix-LM's
 rows see the whole of their own prompt.
@@ -29,6 +29,9 @@ def page_keys(sequence: Sequence, page_size: int, num_tokens: int) -> list[bytes
             digest.update(kind.encode())
             digest.update(np.asarray(rows.start, np.int32).tobytes())
             digest.update(np.asarray(rows.stop, np.int32).tobytes())
+        positions = sequence.positions(begin, end)
+        if positions is not None:
+            digest.update(np.ascontiguousarray(positions).tobytes())
         for item in sequence.prompt.media:
             if item.placeholder.offset < end and begin < item.placeholder.stop:
                 digest.update(f"{item.content_hash} {begin - item.placeholder.offset}".encode())

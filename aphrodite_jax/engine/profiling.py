@@ -48,10 +48,11 @@ def media_examples(model_config: ModelConfig, rows_per_item: RowsPerItem) -> tup
         for item, placeholder in zip(parts, processed.placeholders[modality], strict=True):
             mm_kwargs = mapped(modality, item)
             rows = sum(rows_per_item(mm_kwargs).get(modality, ()))
-            if not placeholder.length == rows <= bounds[modality]:
+            if rows != placeholder.num_rows or placeholder.length > bounds[modality]:
                 raise RegistrationError(
-                    f"{model_cls.__name__}: a dummy {modality} has {placeholder.length} placeholder tokens, the model "
-                    f"makes {rows} rows of it, and the registered bound is {bounds[modality]} tokens: they must agree"
+                    f"{model_cls.__name__}: a dummy {modality} has {placeholder.num_rows} placeholder tokens among "
+                    f"{placeholder.length}, the model makes {rows} rows of it, and the registered bound is "
+                    f"{bounds[modality]} tokens: they must agree"
                 )
             keep(mm_kwargs)
     for modality, items in model_cls.media_examples(model_config.hf_config).items():

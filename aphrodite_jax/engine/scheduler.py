@@ -235,7 +235,7 @@ class Scheduler:
             if item.placeholder.stop <= sequence.num_computed:
                 continue
             if self.encoder_cache.lookup(item.content_hash) is None:
-                rows = self.encoder_cache.allocate(item.content_hash, item.placeholder.length)
+                rows = self.encoder_cache.allocate(item.content_hash, item.placeholder.num_rows)
                 if rows is None:
                     self.encoder_cache.unpin(sequence.sequence_id)
                     for other, _ in missing:

@@ -35,6 +35,7 @@ class MediaItem:
 class PreparedPrompt:
     """A checked prompt: expanded token ids, row intervals by mask kind, media in the order of their places.
 
+    ``positions`` ``[axes, T]`` are those of a model with several axes of them; None where rows are numbered through.
     ``key_salt`` is what else decides keys and values of the prompt's rows (`engine.page_keys`): where angles depend on
     the prompt's length, that.
     """
@@ -43,12 +44,18 @@ class PreparedPrompt:
     token_ids: np.ndarray
     intervals: Mapping[str, RowIntervals]
     media: tuple[MediaItem, ...] = ()
+    positions: np.ndarray | None = None
     key_salt: bytes = b""
 
     @functools.cached_property
     def token_tuple(self) -> tuple[int, ...]:
         """``token_ids`` as plain numbers."""
         return tuple(self.token_ids.tolist())
+
+    @functools.cached_property
+    def position_offset(self) -> int:
+        """What the position of a token of the answer has over its place among all tokens."""
+        return 0 if self.positions is None else int(self.positions.max()) + 1 - len(self.token_ids)
 
     @functools.cached_property
     def may_end(self) -> np.ndarray:
@@ -139,6 +146,15 @@ class Sequence:
         known = self.output_ids[max(0, begin - self.prompt_length) : max(0, end - self.prompt_length)]
         pending = [-1] * max(0, end - max(begin, self.num_known))
         return np.concatenate([self.prompt.token_ids[begin:end], np.array(known + pending, np.int32)])
+
+    def positions(self, begin: int, end: int) -> np.ndarray | None:
+        """Positions ``[axes, end - begin]`` of the tokens ``[begin, end)``; None where rows are numbered through."""
+        if self.prompt.positions is None:
+            return None
+        split = min(max(begin, self.prompt_length), end)
+        answer = np.arange(split, end, dtype=np.int32) + np.int32(self.prompt.position_offset)
+        prompt = self.prompt.positions[:, begin:split]
+        return np.concatenate([prompt, np.broadcast_to(answer, (len(prompt), end - split))], axis=1)
 
     def intervals(self, begin: int, end: int) -> dict[str, RowIntervals]:
         """Row intervals of the tokens ``[begin, end)``: the prompt's own, then causal ones."""

@@ -34,6 +34,7 @@ class Rows:
       start: position of the first row.
       prompt_length: tokens of the request's prompt.
       intervals: mask kind to the rows' intervals ``[n]``.
+      positions: ``[axes, n]`` of a model with several axes of positions; None where rows are numbered through.
       pages: pages of the request, in order, at least up to the last row.
       media_rows: ``[n]`` row of the encoder cache that replaces the token's embedding, -1 for none.
       slot: the request's place among the device's latest tokens.
@@ -44,6 +45,7 @@ class Rows:
     prompt_length: int
     intervals: Mapping[str, RowIntervals]
     pages: np.ndarray
+    positions: np.ndarray | None = None
     media_rows: np.ndarray | None = None
     slot: int = -1
 
@@ -55,6 +57,8 @@ class Rows:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardBatch:
     """What the forward program takes: all ``[T]``, but ``last_rows`` ``[R]``, each request's last row.
+
+    ``positions`` are ``[axes, T]`` where the model has several axes of them.
 
     ``token_slots`` says which rows take their token from the device's latest ones; -1 for the others.
     """
@@ -115,7 +119,9 @@ def build_batch(
         np.array([getattr(r, name) for r in rows], np.int32) for name in ("start", "prompt_length", "slot")
     )
     tokens = joined(r.token_ids for r in rows)
-    positions = starts[request] + within
+    places = starts[request] + within
+    given = [r.positions for r in rows if r.positions is not None]  # by all rows, or by none
+    positions = np.stack([padded(axis) for axis in np.concatenate(given, axis=1)]) if given else padded(places)
     tile_request = np.zeros(num_decode + num_prefill // tile_size, np.int32)
     tile_request[: len(decode)] = np.arange(len(decode))
     tile_request[num_decode : num_decode + tiles.sum()] = np.repeat(np.arange(len(decode), len(rows)), tiles)
@@ -125,7 +131,7 @@ def build_batch(
     batch = ForwardBatch(
         input_ids=padded(np.maximum(tokens, 0)),
         token_slots=padded(np.where(tokens < 0, slots[request], -1), fill=-1),
-        positions=padded(positions),
+        positions=positions,
         media_rows=padded(joined(no_media[: len(r)] if r.media_rows is None else r.media_rows for r in rows), fill=-1),
         last_rows=last_rows,
         metadata=AttentionMetadata(
@@ -136,10 +142,10 @@ def build_batch(
                 )
                 for kind in mask_kinds
             },
-            lengths=padded(np.maximum(positions + 1, prompt_lengths[request]), fill=1),
+            lengths=padded(np.maximum(places + 1, prompt_lengths[request]), fill=1),
             paged=PagedLayout(
                 slots=padded(
-                    tables[request, positions // page_size] * page_size + positions % page_size,
+                    tables[request, places // page_size] * page_size + places % page_size,
                     fill=num_pages * page_size,
                 ),
                 block_tables=tables,

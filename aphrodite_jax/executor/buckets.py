@@ -4,7 +4,7 @@ import dataclasses
 
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["TILE_SIZE", "Buckets", "make_buckets", "round_up"]
+__all__ = ["TILE_SIZE", "Buckets", "make_buckets", "round_down", "round_up"]
 
 TILE_SIZE = 16
 """Rows of a prefill tile; a request's chunk is padded to whole tiles (`kernels_pallas.paged_attention`)."""
@@ -71,6 +71,11 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, max_encode_item
 def round_up(size: int, sizes: tuple[int, ...]) -> int:
     """The smallest bucket that holds ``size``."""
     return next(bucket for bucket in sizes if bucket >= size)
+
+
+def round_down(size: int, sizes: tuple[int, ...]) -> int:
+    """The largest bucket that ``size`` fills."""
+    return max(bucket for bucket in sizes if bucket <= size)
 
 
 def _doubling(low: int, high: int) -> tuple[int, ...]:

@@ -26,10 +26,10 @@ from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
-from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_up
+from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_down, round_up
 from aphrodite_jax.executor.programs import CompileJob, Programs
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
-from aphrodite_jax.modeling.models.interfaces import supports_multimodal
+from aphrodite_jax.modeling.models.interfaces import position_axes, supports_multimodal
 from aphrodite_jax.sampling import (
     SampledTokens,
     SamplingBatch,
@@ -80,6 +80,7 @@ class ModelRunner:
         self._graphdef, self._params = nnx.split(model)
         self._model_cls = type(model)
         self._multimodal = supports_multimodal(type(model))
+        self._position_axes = position_axes(type(model))
         self.mask_specs = type(model).mask_specs(hf_config)
         self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens, engine_config.max_encode_items)
         self.page_size = engine_config.page_size
@@ -88,7 +89,8 @@ class ModelRunner:
         self._max_pages = -(-self.context_length // self.page_size)
         self.programs = Programs(engine_config.on_recompile)
         self._dtype = jax.tree.leaves(self._params)[0].dtype
-        self._width = self._embedding_width()
+        self._width = self._embedding_width()  # which may be more than the hidden states have: `embed_input_ids`
+        self._hidden_width = model_config.hf_text_config.hidden_size
         self.vocab_size = self._logits_width()
         self.encoder_rows = self._choose_encoder_rows(engine_config, media_budget)
         self._encoder_cache = jnp.zeros((max(self.encoder_rows, 1), self._width), self._dtype)
@@ -110,7 +112,7 @@ class ModelRunner:
             for width in (0, self.context_length)  # without and with penalties
         ]
         jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
-        jobs += [self._decode_job(*self._decode_arrays((), (), ()), 1, n) for n in self.buckets.greedy_requests]
+        jobs += [self._decode_job(*self._decode_arrays((), (), (), ()), 1, n) for n in self.buckets.greedy_requests]
         jobs += [self._encode_job_of(example, n) for example in self._media_examples for n in self.buckets.encode_items]
         if self._multimodal:
             jobs += [
@@ -119,7 +121,7 @@ class ModelRunner:
             ]
         rows = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
         jobs += [
-            self._prompt_logprobs_job(self._shape((tokens, self._width), self._dtype), rows, rows)
+            self._prompt_logprobs_job(self._shape((tokens, self._hidden_width), self._dtype), rows, rows)
             for tokens in self.buckets.prefill_tokens
         ]
         self.programs.compile(jobs, show_progress=show_progress)
@@ -148,15 +150,14 @@ class ModelRunner:
 
         Where an item has fewer rows there than the model makes of it, the last ones are padding.
         """
-        for begin in range(0, len(items), self.buckets.encode_items[-1]):
-            part = items[begin : begin + self.buckets.encode_items[-1]]
-            count = round_up(len(part), self.buckets.encode_items)
-            arrays = {
-                name: np.concatenate([item[name] for item in part] + [part[0][name]] * (count - len(part)))
-                for name in part[0]
-            }
-            job = self._encode_job(arrays, count, rows[begin : begin + len(part)])
+        begin = 0
+        while begin < len(items):  # in parts that fill their buckets: a tower's work on nothing costs more than a call
+            count = round_down(len(items) - begin, self.buckets.encode_items)
+            part = items[begin : begin + count]
+            arrays = {name: np.concatenate([item[name] for item in part]) for name in part[0]}
+            job = self._encode_job(arrays, count, rows[begin : begin + count])
             self._encoder_cache = self.programs.run(job)
+            begin += count
 
     def store(self, embeds: np.ndarray, rows: np.ndarray) -> None:
         """Put embeddings ``[n, D]`` that the user computed into ``rows`` of the encoder cache."""
@@ -180,17 +181,23 @@ class ModelRunner:
         return logits, hidden, offsets[len(decode) :] - shape[0]
 
     def decode(
-        self, slots: Sequence[int], positions: Sequence[int], pages: Sequence[np.ndarray], num_steps: int
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        offsets: Sequence[int],
+        pages: Sequence[np.ndarray],
+        num_steps: int,
     ) -> jax.Array:
         """The next ``num_steps`` tokens of requests, greedily, int32 ``[num_steps or more, requests or more]``.
 
         Args:
           slots: of the requests, whose latest tokens stand there.
-          positions: of these tokens; not in the prompt.
+          places: of these tokens among all of their requests; not in the prompt.
+          offsets: what their positions have over their places.
           pages: of the requests, up to what these steps write.
           num_steps: at most `MAX_DECODE_STEPS`.
         """
-        job = self._decode_job(*self._decode_arrays(slots, positions, pages), num_steps)
+        job = self._decode_job(*self._decode_arrays(slots, places, offsets, pages), num_steps)
         tokens, self._last_tokens, self._kv_caches = self.programs.run(job)
         tokens.copy_to_host_async()
         return tokens
@@ -244,23 +251,27 @@ class ModelRunner:
         args = (self._params, self._kv_caches, self._encoder_cache, self._last_tokens, batch)
         return CompileJob(name="forward", key=key, fn=forward, args=args, donate=(1,))
 
-    def _decode_job(self, slots, positions, tables, num_steps: int, size: int | None = None) -> CompileJob:
+    def _decode_job(self, slots, places, offsets, tables, num_steps: int, size: int | None = None) -> CompileJob:
         size = self.num_greedy_rows(len(slots)) if size is None else size
         padding = size - len(slots)
         arrays = (
             np.pad(slots, (0, padding), constant_values=self.num_slots),
-            np.pad(positions, (0, padding)),
+            np.pad(places, (0, padding)),
+            np.pad(offsets, (0, padding)),
             np.pad(tables, ((0, padding), (0, 0))),
         )
 
-        def decode(params, kv_caches, last_tokens, slots, positions, tables, num_steps):
+        def decode(params, kv_caches, last_tokens, slots, places, offsets, tables, num_steps):
             model = nnx.merge(self._graphdef, params)
 
             def step(i, carry):
                 kv_caches, tokens, chosen = carry
-                metadata = self._decode_metadata(slots, positions + i, tables)
+                metadata = self._decode_metadata(slots, places + i, tables)
+                positions = places + offsets + i
+                if self._position_axes > 1:
+                    positions = jnp.broadcast_to(positions, (self._position_axes, len(slots)))
                 embeds = model.embed_input_ids(tokens)
-                hidden, kv_caches = model(tokens, positions + i, kv_caches, metadata, inputs_embeds=embeds)
+                hidden, kv_caches = model(tokens, positions, kv_caches, metadata, inputs_embeds=embeds)
                 tokens = sample_greedy(model.compute_logits(hidden))
                 return kv_caches, tokens, chosen.at[i].set(tokens)
 
@@ -272,26 +283,26 @@ class ModelRunner:
         args = (self._params, self._kv_caches, self._last_tokens, *arrays, np.int32(num_steps))
         return CompileJob(name="decode", key=size, fn=decode, args=args, donate=(1, 2))
 
-    def _decode_metadata(self, slots, positions, tables) -> AttentionMetadata:
+    def _decode_metadata(self, slots, places, tables) -> AttentionMetadata:
         """What attention must know of one row of each request, on the device; requests without a slot see nothing."""
         there = slots < self.num_slots
-        page = jnp.take_along_axis(tables, (positions // self.page_size)[:, None], axis=1)[:, 0]
-        stop = jnp.where(there, positions + 1, 0)
+        page = jnp.take_along_axis(tables, (places // self.page_size)[:, None], axis=1)[:, 0]
+        stop = jnp.where(there, places + 1, 0)
         intervals = {
             kind: RowIntervals(jnp.maximum(stop - spec.window, 0) if spec.window else jnp.zeros_like(stop), stop)
             for kind, spec in self.mask_specs.items()
         }
         requests = jnp.arange(len(slots), dtype=jnp.int32)
-        at = jnp.where(there, page * self.page_size + positions % self.page_size, self.num_pages * self.page_size)
+        at = jnp.where(there, page * self.page_size + places % self.page_size, self.num_pages * self.page_size)
         paged = PagedLayout(slots=at, block_tables=tables, tile_request=requests, decode_rows=len(slots))
         return AttentionMetadata(intervals=intervals, lengths=jnp.maximum(stop, 1), paged=paged)
 
-    def _decode_arrays(self, slots, positions, pages):
+    def _decode_arrays(self, slots, places, offsets, pages):
         tables = np.zeros((len(slots), self._max_pages), np.int32)
         for table, held in zip(tables, pages, strict=True):
             table[: len(held)] = held
         check_block_tables(tables, self.num_pages)
-        return np.array(slots, np.int32), np.array(positions, np.int32), tables
+        return np.array(slots, np.int32), np.array(places, np.int32), np.array(offsets, np.int32), tables
 
     def _encode_job(self, arrays: Mapping[str, np.ndarray], count: int, rows: Sequence[np.ndarray] = ()) -> CompileJob:
         def encode(params, encoder_cache, arrays, targets):
@@ -373,6 +384,7 @@ class ModelRunner:
             start=0,
             prompt_length=1,
             intervals={kind: causal(1) for kind in self.mask_specs},
+            positions=np.zeros((self._position_axes, 1), np.int32) if self._position_axes > 1 else None,
             pages=np.zeros(1, np.int32),
         )
         parts = ([], [row]) if num_prefill else ([row], [])
@@ -409,7 +421,7 @@ class ModelRunner:
         ).shape[-1]
 
     def _logits_width(self) -> int:
-        hidden = self._shape((1, self._width), self._dtype)
+        hidden = self._shape((1, self._hidden_width), self._dtype)
         return jax.eval_shape(
             lambda params, x: nnx.merge(self._graphdef, params).compute_logits(x), self._params, hidden
         ).shape[-1]

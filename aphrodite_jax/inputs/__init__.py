@@ -1,7 +1,7 @@
 """Prompts to token ids: tokenizer, chat template, placeholders, and the registry of input processors."""
 
 from aphrodite_jax.inputs.chat import render_chat
-from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlaceholderRange
+from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlacedItem, PlaceholderRange
 from aphrodite_jax.inputs.end_tokens import end_token_ids
 from aphrodite_jax.inputs.placeholders import dummy_prompt, expand_items, expand_placeholders
 from aphrodite_jax.inputs.registry import INPUT_REGISTRY, InputRegistry
@@ -14,6 +14,7 @@ __all__ = [
     "InputContext",
     "InputRegistry",
     "LLMInputs",
+    "PlacedItem",
     "PlaceholderRange",
     "dummy_prompt",
     "end_token_ids",

@@ -1,24 +1,57 @@
 """Prompt-side values: what a model's input functions take and return."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["DummyData", "LLMInputs", "PlaceholderRange"]
+import numpy as np
+
+__all__ = ["DummyData", "LLMInputs", "PlacedItem", "PlaceholderRange"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlaceholderRange:
-    """Tokens ``[offset, offset + length)`` of a prompt that stand for one media item."""
+    """Tokens ``[offset, offset + length)`` of a prompt that stand for one media item.
+
+    Attributes:
+      is_row: for each of them, whether it stands for a row of the encoded item; the others are text that the item
+        brings with it (the end of a line of tiles, say). None: all of them stand for rows.
+    """
 
     offset: int
     length: int
+    is_row: tuple[bool, ...] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def stop(self) -> int:
         """First token after the range."""
         return self.offset + self.length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the encoded item."""
+        return self.length if self.is_row is None else sum(self.is_row)
+
+    @functools.cached_property
+    def row_tokens(self) -> np.ndarray:
+        """Where in the prompt the tokens stand that are rows, in the order of the rows, int64 ``[rows]``."""
+        if self.is_row is None:
+            return np.arange(self.offset, self.stop)
+        return self.offset + np.flatnonzero(self.is_row)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedItem:
+    """A mapped item and the place of its tokens in the prompt.
+
+    ``mm_kwargs`` are the mapper's arrays with an axis of one item first; None where the item is embeddings.
+    """
+
+    modality: str
+    placeholder: PlaceholderRange
+    mm_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

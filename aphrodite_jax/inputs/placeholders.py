@@ -9,21 +9,26 @@ from typing import Any
 from aphrodite_jax.errors import ConfigError, PlaceholderError
 from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlaceholderRange
 
-__all__ = ["dummy_prompt", "expand_items", "expand_placeholders"]
+__all__ = ["Tokens", "dummy_prompt", "expand_items", "expand_placeholders"]
+
+Tokens = int | Sequence[int]
+"""What an item's placeholder becomes: so many times itself, or a sequence of tokens."""
 
 
-def expand_items(inputs: LLMInputs, modality: str, placeholder: int, lengths: Sequence[int]) -> LLMInputs:
-    """New inputs, in which the token ``placeholder`` of the i-th item of a modality is repeated ``lengths[i]`` times.
+def expand_items(
+    inputs: LLMInputs, modality: str, placeholder: int, items: Sequence[Tokens], *, row_token: int | None = None
+) -> LLMInputs:
+    """New inputs, in which the token ``placeholder`` of the i-th item of a modality has become ``items[i]``.
 
     Raises:
       PlaceholderError: as `expand_placeholders`.
     """
-    tokens, ranges = expand_placeholders(inputs.prompt_token_ids, placeholder, lengths)
+    tokens, ranges = expand_placeholders(inputs.prompt_token_ids, placeholder, items, row_token=row_token)
     return LLMInputs(
         prompt_token_ids=tokens,
         prompt=inputs.prompt,
         multi_modal_data=inputs.multi_modal_data,
-        placeholders={**inputs.placeholders, modality: ranges} if lengths else inputs.placeholders,
+        placeholders={**inputs.placeholders, modality: ranges} if items else inputs.placeholders,
     )
 
 
@@ -47,36 +52,41 @@ def dummy_prompt(
 
 
 def expand_placeholders(
-    token_ids: Sequence[int], placeholder: int, lengths: Sequence[int]
+    token_ids: Sequence[int], placeholder: int, items: Sequence[Tokens], *, row_token: int | None = None
 ) -> tuple[tuple[int, ...], tuple[PlaceholderRange, ...]]:
-    """Repeat the i-th ``placeholder`` token ``lengths[i]`` times.
+    """Put ``items[i]`` in the place of the i-th ``placeholder``.
 
     Args:
       token_ids: of a prompt.
       placeholder: the token id that stands for an item.
-      lengths: tokens that each item takes, in the order of the items; at least 1.
+      items: what each becomes, in their order: so many ``row_token``, or tokens of which each ``row_token`` stands for
+        a row and the others are text.
+      row_token: the placeholder, if none is given.
 
     Returns:
       The new token ids, and the range of each item in them.
 
     Raises:
-      PlaceholderError: there are not as many placeholders as items, or a length is below 1.
+      PlaceholderError: there are not as many placeholders as items, or an item has no row.
     """
+    row_token = placeholder if row_token is None else row_token
     count = sum(token == placeholder for token in token_ids)
-    if count != len(lengths):
+    if count != len(items):
         raise PlaceholderError(
-            f"the prompt has {count} placeholders (token {placeholder}) for {len(lengths)} items: "
+            f"the prompt has {count} placeholders (token {placeholder}) for {len(items)} items: "
             "write one for each item; it is expanded here"
         )
-    if any(length < 1 for length in lengths):
-        raise PlaceholderError(f"an item takes at least one token, got lengths {list(lengths)}")
     expanded: list[int] = []
     ranges: list[PlaceholderRange] = []
     for token in token_ids:
-        if token == placeholder:
-            length = lengths[len(ranges)]
-            ranges.append(PlaceholderRange(len(expanded), length))
-            expanded.extend([token] * length)
-        else:
+        if token != placeholder:
             expanded.append(token)
+            continue
+        item = items[len(ranges)]
+        tokens = (row_token,) * item if isinstance(item, int) else tuple(item)
+        is_row = tuple(token == row_token for token in tokens)
+        if not any(is_row):
+            raise PlaceholderError(f"an item takes at least one token, got lengths {list(items)}")
+        ranges.append(PlaceholderRange(len(expanded), len(tokens), None if all(is_row) else is_row))
+        expanded.extend(tokens)
     return tuple(expanded), tuple(ranges)

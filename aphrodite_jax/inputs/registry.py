@@ -152,9 +152,10 @@ def _check_placeholders(inputs: LLMInputs, name: str) -> None:
     )
     end = 0
     for span in spans:
-        if span.offset < end or span.length < 1 or span.stop > len(inputs.prompt_token_ids):
+        well_formed = span.num_rows >= 1 and (span.is_row is None or len(span.is_row) == span.length)
+        if span.offset < end or not well_formed or span.stop > len(inputs.prompt_token_ids):
             raise PlaceholderError(
-                f"{name} gave {span}, which overlaps another range or leaves the prompt of "
+                f"{name} gave {span}, which overlaps another range, has no row, or leaves the prompt of "
                 f"{len(inputs.prompt_token_ids)} tokens"
             )
         end = span.stop

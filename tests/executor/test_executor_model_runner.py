@@ -158,7 +158,7 @@ def test_decode_goes_on_with_the_tokens_on_the_device(model, runner):
     chosen = [np.asarray(first)[None, :2]]
     positions = np.array([len(p) for p in prompts])
     for steps in (3, 1, 1):
-        tokens = runner.decode(slots, positions, pages, steps)
+        tokens = runner.decode(slots, positions, np.zeros_like(slots), pages, steps)
         chosen.append(np.asarray(tokens)[:steps, :2])
         positions = positions + steps
     assert np.concatenate(chosen).T.tolist() == wanted

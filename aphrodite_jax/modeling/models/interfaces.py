@@ -10,10 +10,11 @@ import transformers
 from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.errors import RegistrationError
+from aphrodite_jax.inputs.data import PlacedItem
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 
-__all__ = ["LanguageModel", "MaskSpec", "SupportsMultiModal", "supports_multimodal"]
+__all__ = ["LanguageModel", "MaskSpec", "SupportsMRoPE", "SupportsMultiModal", "position_axes", "supports_multimodal"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,14 @@ class MaskSpec:
 
     Attributes:
       window: keys that a row sees at most, its own included; None sees all before it.
-      bidirectional: modalities whose placeholder spans see themselves whole.
+      bidirectional: modalities whose placeholder spans see themselves whole; spans that touch are one.
+      clamp_start: whether such a row looks back no further than its window, though it looks ahead to its span's end.
       prefix: the whole prompt sees itself whole; generated tokens are causal.
     """
 
     window: int | None = None
     bidirectional: tuple[str, ...] = ()
+    clamp_start: bool = False
     prefix: bool = False
 
 
@@ -54,13 +57,16 @@ class LanguageModel(Protocol):
         ...
 
     def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token embeddings."""
+        """Token embeddings.
+
+        They may be wider than the hidden states, with zeros where rows of media carry what goes to deeper layers.
+        """
         ...
 
     def __call__(
         self,
         input_ids: Int[Array, " T"],
-        positions: Int[Array, " T"],
+        positions: Int[Array, " T"] | Int[Array, "axes T"],
         kv_caches: tuple[KVCache, ...] | None,
         attn_metadata: AttentionMetadata,
         *,
@@ -115,6 +121,31 @@ class SupportsMultiModal:
         them, and where they have the only shape, none is needed.
         """
         return {}
+
+
+class SupportsMRoPE:
+    """A model whose rows have a position on each of several axes, such as time, height and width; a mix-in.
+
+    Its ``__call__`` gets ``positions [axes, T]``. Those of a prompt are computed once; the tokens of the answer follow
+    with the same number on all axes, one more than the largest of the prompt.
+    """
+
+    position_axes: ClassVar[int] = 3
+
+    @staticmethod
+    def prompt_positions(
+        config: transformers.PretrainedConfig, token_ids: Int[np.ndarray, " T"], media: Sequence[PlacedItem]
+    ) -> Int[np.ndarray, "axes T"]:
+        """Positions of a prompt's tokens; a pure function. ``media`` stand in the order of their places.
+
+        A token's positions depend on what stands up to it alone, for pages are shared by prompts that begin alike.
+        """
+        raise RegistrationError("a model that SupportsMRoPE has prompt_positions")
+
+
+def position_axes(model_cls: type) -> int:
+    """Axes of a row's position: 1, or as many as a `SupportsMRoPE` has."""
+    return model_cls.position_axes if issubclass(model_cls, SupportsMRoPE) else 1
 
 
 def supports_multimodal(model_cls: type) -> bool:
