@@ -9,6 +9,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,28 +49,34 @@ def images_of(sizes, seed: int) -> list[np.ndarray]:
     return [picture[:height, :width] for picture, (height, width) in zip(whole, sizes, strict=True)]
 
 
+def video_of(size: tuple[int, int, int], seed: int) -> np.ndarray:
+    """Noise in blocks of four pixels, ``[frames, height, width, 3]`` uint8."""
+    frames, height, width = size
+    return np.stack(images_of([(height, width)] * frames, seed + 1000))
+
+
 def pixel_values(pictures) -> np.ndarray:
     """What the processor of `write_processor` makes of ``[n, h, w, 3]``: ``[n, 3, h, w]`` in [-1, 1]."""
     scaled = np.stack(pictures).astype(np.float32) / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
-def weights(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint with this ``config.json``, under the names of hub files, in float32."""
+def weights(config: dict, seed: int, shapes: dict[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """A float32 tensor for each name of ``shapes``."""
     gemma = "gemma" in config.get("text_config", config)["model_type"]
-    return {name: _weight(name, shape, seed, gemma) for name, shape in shapes(config).items()}
+    return {name: _weight(name, tuple(shape), seed, gemma) for name, shape in shapes.items()}
 
 
 def _weight(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarray:
     noise = uniform(name, shape, seed)
-    if "norm" in name and name.endswith("weight"):
+    if re.search(r"norm|\bln_", name) and name.endswith("weight") and len(shape) == 1:
         centre = 0 if gemma and "vision" not in name else 1  # a Gemma's weight is what the factor has over 1
         return np.float32(centre) + np.float32(0.4) * noise
     if len(shape) == 1:
         return np.float32(0.3) * noise
     if gemma and "embed_tokens" in name:  # which the model multiplies by the root of the width
         return np.float32(2 * shape[1] ** -0.5) * noise
-    if "embed_tokens" in name or "position_embedding" in name:
+    if re.search(r"embed_tokens|position_embedding|pos_embed|cls_token", name):
         return noise
     # Unit variance in, `gain` times it out: sharp attention and spread logits, so that a fault shows.
     gain = 3 if "lm_head" in name else 2 if "q_proj" in name or "k_proj" in name else 1.2
@@ -77,7 +84,15 @@ def _weight(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.nda
     return np.float32(gain * math.sqrt(3 / fan_in)) * noise
 
 
-def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+WITH_SHAPES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "llava", "llava_next")
+
+
+def has_shapes(config: dict) -> bool:
+    """Whether `hub_shapes` knows this kind of model. Goldens of others hold the names and shapes of the reference."""
+    return config["model_type"] in WITH_SHAPES
+
+
+def hub_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Name to shape of the tensors of a hub checkpoint; the output head is there unless it is tied."""
     if "vision_config" not in config:
         return text_shapes(config)
@@ -184,6 +199,11 @@ def relayout(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarra
     ]
     if layout == "memory":
         rules.append((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."))
+    return rename(tensors, rules)
+
+
+def rename(tensors: dict[str, np.ndarray], rules: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """The same tensors under names to which each rule, (pattern, replacement), was applied in turn."""
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, replacement in rules:
@@ -224,23 +244,48 @@ def write_tensors(directory: Path, tensors: dict[str, np.ndarray], *, shards: in
 
 
 def write_checkpoint(
-    directory: Path, config: dict, seed: int, *, layout: str = "hub", shards: int = 1, dtype=np.float32
+    directory: Path,
+    config: dict,
+    seed: int,
+    *,
+    layout: str = "hub",
+    shards: int = 1,
+    dtype=np.float32,
+    shapes: dict | None = None,
+    files: dict | None = None,
+    special_tokens: dict | None = None,
+    hub_names: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """A whole model directory: config, weights, tokenizer, and the image processor where it has a tower."""
+    """A whole model directory: config, weights, tokenizer, and the image processor where it has a tower.
+
+    Args:
+      shapes: name to shape of each tensor as transformers holds them in memory; None writes out what `hub_shapes` has.
+      files: JSON files by name, in the place of the usual processor's.
+      special_tokens: text to id, beside ``<image>``.
+      hub_names: (pattern, replacement) that make names of hub files of those of ``shapes``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    tensors = {name: tensor.astype(dtype) for name, tensor in weights(config, seed).items()}
-    write_tensors(directory, relayout(tensors, layout), shards=shards)
+    if shapes is None:
+        tensors = relayout(weights(config, seed, hub_shapes(config)), layout)
+    else:
+        renamed = weights(config, seed, shapes)
+        tensors = rename(renamed, hub_names) if layout == "hub" else renamed
+    write_tensors(directory, {name: tensor.astype(dtype) for name, tensor in tensors.items()}, shards=shards)
     text = config.get("text_config", config)
-    write_tokenizer(directory, text["vocab_size"])
-    if "vision_config" in config:
+    write_tokenizer(directory, text["vocab_size"], special_tokens)
+    for name, content in (files or {}).items():
+        (directory / name).write_text(json.dumps(content, indent=2))
+    if "vision_config" in config and not files:
         write_processor(directory, config["vision_config"], config.get("image_grid_pinpoints"))
     return directory
 
 
-def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
+def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE, special_tokens: dict | None = None) -> None:
     """A word for each id: ``<unk>``, ``<s>``, ``</s>``, ``w3``, ``w4`` ... and ``<image>`` as the last."""
     words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, vocab_size - 1)), "<image>"]
+    for text, index in (special_tokens or {}).items():
+        words[index] = text
     vocab = {word: index for index, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -249,7 +294,7 @@ def write_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", *(special_tokens or {})],
     )
     fast.save_pretrained(directory)
 

@@ -155,8 +155,8 @@ def _check_placeholders(inputs: LLMInputs, name: str) -> None:
         well_formed = span.num_rows >= 1 and (span.is_row is None or len(span.is_row) == span.length)
         if span.offset < end or not well_formed or span.stop > len(inputs.prompt_token_ids):
             raise PlaceholderError(
-                f"{name} gave {span}, which overlaps another range, has no row, or leaves the prompt of "
-                f"{len(inputs.prompt_token_ids)} tokens"
+                f"{name} gave {span}, which overlaps another range or leaves the prompt of "
+                f"{len(inputs.prompt_token_ids)} tokens, or has no row"
             )
         end = span.stop
 

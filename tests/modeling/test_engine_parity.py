@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from golden_files import read_golden
-from PIL import Image
+from golden_files import golden_names, media_of, read_golden
 
 from aphrodite_jax import LLM, SamplingParams
 
@@ -19,9 +18,8 @@ def make_llm(directory, **options):
     return LLM(
         model=directory,
         dtype="float32",
-        **{"max_model_len": 128} | options,
+        **{"max_model_len": 128, "max_num_batched_tokens": CHUNK} | options,
         max_num_seqs=4,
-        max_num_batched_tokens=CHUNK,
         page_size=PAGE_SIZE,
         warm_up=False,  # only what these prompts need is compiled
         show_progress=False,
@@ -35,9 +33,7 @@ def page_bytes(config):
 
 
 def request(prompt):
-    pictures = [Image.fromarray(picture) for picture in prompt.images]
-    media = {"multi_modal_data": {"image": pictures}} if pictures else {}
-    return {"prompt_token_ids": prompt.prompt.tolist(), **media}
+    return {"prompt_token_ids": prompt.prompt.tolist(), "multi_modal_data": media_of(prompt)}
 
 
 def generate(llm, prompts, params=GREEDY):
@@ -80,19 +76,26 @@ def test_llava_alone_and_in_a_batch(tmp_path, tower, text):
     assert (llm.engine.scheduler.num_preemptions > 0) == (tower == "siglip")
 
 
-@pytest.mark.parametrize("name", ["llava_next_mistral"])
-def test_images_of_any_size(tmp_path, name):
-    """Text only, one image, three of other sizes and shapes: alone, and together in another order."""
+MEDIA_FAMILIES = [name for name in golden_names() if read_golden(name).media_limits and not name.startswith("llava_")]
+
+
+@pytest.mark.parametrize("name", [*MEDIA_FAMILIES, "llava_next_mistral"])
+def test_media_of_any_shape_alone_cached_and_in_a_batch(tmp_path, name):
+    """Text only, one item, several of other sizes and shapes: in chunks; from pages; together in another order."""
     golden = read_golden(name)
-    llm = make_llm(golden.write_checkpoint(tmp_path), limit_mm_per_prompt={"image": 3}, max_model_len=512)
+    llm = make_llm(golden.write_checkpoint(tmp_path), limit_mm_per_prompt=golden.media_limits, max_model_len=512)
     for prompt in golden.prompts:
         [output] = generate(llm, [prompt], GREEDY_WITH_PROMPT)
         check_answer(output, prompt)
         check_prompt_logprobs(output, prompt)
-    llm.engine.reset_caches()
     prompts = [*golden.prompts[::-1], golden.prompts[1]]
-    for output, prompt in zip(generate(llm, prompts), prompts, strict=True):
-        check_answer(output, prompt)
+    for cached in (True, False):
+        before = llm.stats()["prompt_tokens_cached"]
+        for output, prompt in zip(generate(llm, prompts), prompts, strict=True):
+            check_answer(output, prompt)
+        if cached:
+            assert llm.stats()["prompt_tokens_cached"] > before
+        llm.engine.reset_caches()
 
 
 @pytest.mark.parametrize("name", ["qwen2_windows", "llama_longrope", "gemma2"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkpoints
 import chex
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +16,15 @@ from flax import nnx
 from golden_files import golden_names, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.engine.admission import map_media, prompt_intervals, prompt_positions
+from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
-from kernels_pallas.intervals import causal
+from kernels_pallas.intervals import RowIntervals, causal
 
 TOLERANCE = 2e-4
 """Largest absolute difference of float32 logits; every greedy choice of the reference is clear by 0.01."""
@@ -35,28 +37,48 @@ def load(directory):
     return load_model(model_config), model_config.hf_config
 
 
-def metadata(model, config, length, *, prompt_length=None):
+def metadata(model, config, length, *, placeholders=None, prompt_length=None):
     """All rows of one prompt and its answer; a row of the answer knows the tokens up to its own alone."""
     specs = type(model).mask_specs(config)
+    answer = length - (prompt_length or length)
     lengths = None if prompt_length is None else jnp.maximum(jnp.arange(length) + 1, prompt_length)
+    prompt = prompt_intervals(specs, length - answer, placeholders or {})
+    behind = {kind: causal(answer, offset=length - answer, window=spec.window) for kind, spec in specs.items()}
     return AttentionMetadata(
-        intervals={kind: causal(length, window=spec.window) for kind, spec in specs.items()}, lengths=lengths
+        intervals={
+            kind: RowIntervals(*map(np.concatenate, zip(prompt[kind], behind[kind], strict=True))) for kind in specs
+        },
+        lengths=lengths,
     )
 
 
-def logits(model, input_ids, attn_metadata, pixels):
-    hidden, _ = model(jnp.asarray(input_ids), jnp.arange(len(input_ids)), None, attn_metadata, **pixels)
+def logits(model, input_ids, positions, attn_metadata, arrays):
+    hidden, _ = model(jnp.asarray(input_ids), jnp.asarray(positions), None, attn_metadata, **arrays)
     return model.compute_logits(hidden)
 
 
-def pixels_of(config, prompt):
-    """What the mapper makes of the images; where that is scaling alone, that, for a test of the model alone."""
-    if not prompt.images:
-        return {}
-    if config.model_type == "llava":
-        return {"pixel_values": checkpoints.pixel_values(prompt.images)}
-    model_config = ModelConfig(model=config.name_or_path, limit_mm_per_prompt={"image": len(prompt.images)})
-    return dict(MULTIMODAL_REGISTRY.map_input(model_config, {"image": list(map(Image.fromarray, prompt.images))}))
+def inputs_of(config, prompt):
+    """The golden prompt through the registries: the mappers' arrays, places of the items, positions of the prompt."""
+    media = golden_files.media_of(prompt)
+    limits = {modality: len(items) for modality, items in media.items()}
+    model_config = ModelConfig(model=config.name_or_path, limit_mm_per_prompt=limits)
+    inputs = LLMInputs(prompt_token_ids=prompt.prompt.tolist(), multi_modal_data=media)
+    inputs = INPUT_REGISTRY.process_input(model_config, inputs)
+    np.testing.assert_array_equal(inputs.prompt_token_ids, prompt.input_ids)
+    arrays = dict(MULTIMODAL_REGISTRY.map_input(model_config, media))
+    if config.model_type == "llava":  # where mapping is scaling alone, that, for a test of the model alone
+        arrays = {"pixel_values": checkpoints.pixel_values(prompt.images)} if prompt.images else {}
+    positions = prompt_positions(model_config, prompt.input_ids, map_media(model_config, inputs))
+    return arrays, inputs.placeholders, positions
+
+
+def positions_of(prompt_positions, length):
+    """Of all rows, those of the answer behind those of the prompt."""
+    if prompt_positions is None:
+        return np.arange(length)
+    axes, known = prompt_positions.shape
+    behind = prompt_positions.max() + 1 + np.arange(length - known)
+    return np.concatenate([prompt_positions, np.broadcast_to(behind, (axes, length - known))], axis=1)
 
 
 def run(model, *args):
@@ -70,8 +92,10 @@ def run(model, *args):
 
 def check_prefill(model, config, prompt):
     """The prompt alone, as a caller without an engine has it."""
+    arrays, placeholders, positions = inputs_of(config, prompt)
     ids = prompt.input_ids
-    actual = run(model, ids, metadata(model, config, len(ids)), pixels_of(config, prompt))
+    attn_metadata = metadata(model, config, len(ids), placeholders=placeholders)
+    actual = run(model, ids, positions_of(positions, len(ids)), attn_metadata, arrays)
     np.testing.assert_allclose(actual, prompt.logits, rtol=0, atol=TOLERANCE)
 
 
@@ -80,8 +104,10 @@ def check_greedy(model, config, prompt):
 
     Row by row: while the tokens so far are the reference's, greedy decoding would see this very row.
     """
+    arrays, placeholders, positions = inputs_of(config, prompt)
     ids, length = prompt.continued, len(prompt.input_ids)
-    actual = run(model, ids, metadata(model, config, len(ids), prompt_length=length), pixels_of(config, prompt))
+    attn_metadata = metadata(model, config, len(ids), placeholders=placeholders, prompt_length=length)
+    actual = run(model, ids, positions_of(positions, len(ids)), attn_metadata, arrays)
     np.testing.assert_allclose(actual[:length], prompt.logits, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(actual[length - 1 :].argmax(-1), prompt.tokens)
     assert len(prompt.tokens) == 32
@@ -114,6 +140,18 @@ def test_every_layout_and_form_fills_the_same_parameters(tmp_path, name, layout)
     old = checkpoints.old_form(golden.config)
     other, _ = load(golden.write_checkpoint(tmp_path / "other", config=old, layout=layout, shards=3))
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(hub)))
+
+
+FAMILIES = [name for name in golden_names() if read_golden(name).described["hub_names"]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_of_the_hub_fill_the_same_parameters(tmp_path, name):
+    golden = read_golden(name)
+    memory, _ = load(golden.write_checkpoint(tmp_path / "memory", layout="memory"))
+    old = checkpoints.old_form(golden.config)
+    hub, _ = load(golden.write_checkpoint(tmp_path / "hub", config=old, layout="hub"))
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(hub)), nnx.to_pure_dict(nnx.state(memory)))
 
 
 @pytest.mark.parametrize("name", [name for name in golden_names() if name.startswith("llama_")])
@@ -149,7 +187,8 @@ def multimodal_programs():
     attn_metadata = metadata(model, config, len(ids))
 
     def single(params, ids, pixel_values):
-        return logits(nnx.merge(graphdef, params), ids, attn_metadata, {"pixel_values": pixel_values})
+        arrays = {"pixel_values": pixel_values}
+        return logits(nnx.merge(graphdef, params), ids, np.arange(len(ids)), attn_metadata, arrays)
 
     def encode(params, pixel_values):
         return nnx.merge(graphdef, params).embed_multimodal(pixel_values)["image"]
