@@ -77,7 +77,7 @@ def checkpoint(name: str, directory: Path = DIRECTORY) -> Path:
 def write_small(directory: Path) -> None:
     """Random weights, and a tokenizer with a token for each byte."""
     config = llava_config(SMALL_TEXT, image_token_id=SPECIALS.index(IMAGE_TOKEN))
-    tests_checkpoints.write_tensors(directory, tests_checkpoints.weights(config, seed=0))
+    tests_checkpoints.write_tensors(directory, tests_checkpoints.weights(config, 0, tests_checkpoints.hub_shapes(config)))
     write_files(directory, config, byte_tokenizer(SMALL_TEXT["vocab_size"]))
 
 
@@ -96,7 +96,7 @@ def write_smollm2(directory: Path) -> None:
     text |= {"vocab_size": SMOLLM2_VOCAB_SIZE, "rope_theta": model.config.rope_parameters["rope_theta"]}
     text |= {"tie_word_embeddings": True}
     config = llava_config(text, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    tensors = tests_checkpoints.weights(config, seed=0)
+    tensors = tests_checkpoints.weights(config, 0, tests_checkpoints.hub_shapes(config))
     trained = model.state_dict()
     for name, tensor in tensors.items():
         if name.startswith("language_model."):

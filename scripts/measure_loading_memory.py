@@ -76,7 +76,7 @@ def sized(config: dict, dtype: np.dtype, megabytes: int) -> dict:
     """``config`` with as many decoder layers as make a checkpoint of about ``megabytes``."""
 
     def size(layers):
-        return sum(map(math.prod, checkpoints.shapes(with_layers(config, layers)).values())) * dtype.itemsize
+        return sum(map(math.prod, checkpoints.hub_shapes(with_layers(config, layers)).values())) * dtype.itemsize
 
     layers = round((megabytes * MB - size(0)) / (size(1) - size(0)))
     return with_layers(config, max(layers, 1))
@@ -84,7 +84,7 @@ def sized(config: dict, dtype: np.dtype, megabytes: int) -> dict:
 
 def write_checkpoint(directory: Path, config: dict, dtype: np.dtype) -> dict[str, tuple[int, ...]]:
     """Random weights, written one at a time; returns their shapes."""
-    shapes = checkpoints.shapes(config)
+    shapes = checkpoints.hub_shapes(config)
     (directory / "config.json").write_text(json.dumps(config))
     noise = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(dtype)
 
