@@ -213,6 +213,7 @@ _MODEL_OPTIONS: _OPTION_KINDS = (
     ("max_model_len", _positive, "N", "tokens of prompt and answer together"),
     ("limit_mm_per_prompt", _limits, "M=N,...", "items of one prompt, image=2 say"),
     ("mm_processor_kwargs", _object, "JSON", "options for the image processor"),
+    ("video_sampling", _object, "JSON", "frames taken of video files: num_frames, or fps, min_frames, max_frames"),
     ("hf_overrides", _object, "JSON", "config fields to replace"),
     ("max_image_pixels", _positive, "N", "largest width x height that is decoded"),
     ("max_num_batched_tokens", _positive, "N", "prompt tokens of one step"),

@@ -45,6 +45,8 @@ class ModelConfig:
       max_model_len: tokens of prompt and answer together; None takes the config's limit.
       limit_mm_per_prompt: modality to most items of one prompt; 1 for modalities that are not named.
       mm_processor_kwargs: options for the Hugging Face image processor.
+      video_sampling: which frames are taken of video files, in the place of what the checkpoint's processor says:
+        ``num_frames``, or ``fps`` with ``min_frames`` and ``max_frames``.
       hf_overrides: config fields to replace after loading; nested fields as nested dicts.
       max_image_pixels: largest width x height that is decoded.
       media_roots: directories that file: URLs may read from; None allows any, () forbids all.
@@ -61,6 +63,7 @@ class ModelConfig:
     max_model_len: int | None = None
     limit_mm_per_prompt: Mapping[str, int] = FrozenDict()
     mm_processor_kwargs: Mapping[str, Any] = FrozenDict()
+    video_sampling: Mapping[str, Any] = FrozenDict()
     hf_overrides: Mapping[str, Any] = FrozenDict()
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
     media_roots: tuple[str, ...] | None = None
@@ -71,7 +74,7 @@ class ModelConfig:
 
         put("model", str(self.model) if self.model is not None else str(shipped_model_path()))
         put("tokenizer", str(self.tokenizer) if self.tokenizer is not None else self.model)
-        for name in ("limit_mm_per_prompt", "mm_processor_kwargs", "hf_overrides"):
+        for name in ("limit_mm_per_prompt", "mm_processor_kwargs", "video_sampling", "hf_overrides"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name} is a mapping, got {type(value).__name__}")

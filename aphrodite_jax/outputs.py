@@ -2,7 +2,7 @@
 
 import dataclasses
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["CompletionOutput", "Logprob", "MediaInfo", "RequestOutput"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,32 @@ class CompletionOutput:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaInfo:
+    """What became of one media item of a prompt.
+
+    Attributes:
+      modality: "image", say.
+      offset, num_tokens: its place among ``prompt_token_ids``.
+      num_rows: tokens of these that stand for rows of the encoded item.
+      frame_indices: frames that were taken of a video file; None for anything else.
+      timestamps: seconds of a video's frames from its start, as far as they are known.
+    """
+
+    modality: str
+    offset: int
+    num_tokens: int
+    num_rows: int
+    frame_indices: tuple[int, ...] | None = None
+    timestamps: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestOutput:
     """A request's state: its prompt and its answers so far.
 
     ``error`` is the exception that refused the request; then ``outputs`` is empty and ``finished`` true.
-    ``prompt_token_ids`` are those after the placeholders were expanded. ``prompt_logprobs`` has None for the
-    first token.
+    ``prompt_token_ids`` are those after the placeholders were expanded; ``media`` are the prompt's items in their
+    order there. ``prompt_logprobs`` has None for the first token.
     """
 
     request_id: str
@@ -48,3 +68,4 @@ class RequestOutput:
     finished: bool = False
     error: Exception | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    media: tuple[MediaInfo, ...] = ()

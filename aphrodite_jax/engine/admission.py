@@ -23,8 +23,9 @@ from aphrodite_jax.executor.model_runner import RowsPerItem
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs, PlacedItem
 from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
 from aphrodite_jax.modeling.models.interfaces import MaskSpec, position_axes
-from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, content_hash
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, Video, content_hash
 from aphrodite_jax.multimodal.context import model_class
+from aphrodite_jax.outputs import MediaInfo
 from kernels_pallas import intervals
 from kernels_pallas.intervals import RowIntervals
 
@@ -180,6 +181,14 @@ class PromptPreparer:
             modality=modality,
             content_hash=content_hash(content, {"modality": modality, **options}),
             placeholder=placeholder,
+            info=MediaInfo(
+                modality=modality,
+                offset=placeholder.offset,
+                num_tokens=placeholder.length,
+                num_rows=placeholder.num_rows,
+                frame_indices=content.frame_indices if isinstance(content, Video) else None,
+                timestamps=content.timestamps if isinstance(content, Video) else None,
+            ),
             mm_kwargs=None if embeds is not None else mm_kwargs,
             embeds=embeds,
         )

@@ -49,6 +49,7 @@ def request_output(
         outputs=tuple(_completion(index, sequence) for index, sequence in enumerate(sequences)),
         finished=all(sequence.status is SequenceStatus.FINISHED for sequence in sequences),
         prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+        media=tuple(item.info for item in prompt.media),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from aphrodite_jax.engine.detokenizer import Detokenizer
 from aphrodite_jax.inputs import PlaceholderRange
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
-from aphrodite_jax.outputs import Logprob
+from aphrodite_jax.outputs import Logprob, MediaInfo
 from aphrodite_jax.sampling_params import SamplingParams
 from kernels_pallas.intervals import RowIntervals, causal, ends_cleanly
 
@@ -22,11 +22,13 @@ class MediaItem:
     """One item of a prompt: its content hash, its place, and its arrays (items axis of 1) or embeddings.
 
     The arrays are those of the mapper as the model's ``pad_media`` made them; rows past the placeholder's are padding.
+    ``info`` is what the request's output tells of it.
     """
 
     modality: str
     content_hash: str
     placeholder: PlaceholderRange
+    info: MediaInfo
     mm_kwargs: Mapping[str, np.ndarray] | None = None
     embeds: np.ndarray | None = None  # [rows, D]
 

@@ -6,6 +6,7 @@ from aphrodite_jax.multimodal.inputs import MultiModalInputs
 from aphrodite_jax.multimodal.media import open_image
 from aphrodite_jax.multimodal.plugins import MultiModalPlugin, embedding_rows
 from aphrodite_jax.multimodal.registry import MultiModalRegistry, default_registry
+from aphrodite_jax.multimodal.video import Video
 
 MULTIMODAL_REGISTRY = default_registry()
 
@@ -15,6 +16,7 @@ __all__ = [
     "MultiModalInputs",
     "MultiModalPlugin",
     "MultiModalRegistry",
+    "Video",
     "content_hash",
     "embedding_rows",
     "open_image",

@@ -8,6 +8,8 @@ import numpy as np
 from flax.core import FrozenDict
 from PIL import Image
 
+from aphrodite_jax.multimodal.video import Video
+
 __all__ = ["content_hash"]
 
 
@@ -18,7 +20,7 @@ def content_hash(item: Any, options: Mapping[str, Any] = FrozenDict()) -> str:
     Lists and tuples are alike; mappings are taken in the order of their keys.
 
     Args:
-      item: an image, an array, a number, text, bytes, None, or a list, tuple or mapping of these.
+      item: an image, an array, a number, text, bytes, None, or a list, tuple, mapping or `Video` of these.
 
     Raises:
       TypeError: any other type, whose content can't be known.
@@ -37,6 +39,8 @@ def _feed(digest: Any, value: Any) -> None:
         _feed(digest, (value.getpalette("RGBA") if value.mode in ("P", "PA") else None,
                        value.info.get("transparency")))  # fmt: skip
         _feed(digest, value.tobytes())
+    elif isinstance(value, Video):
+        _feed(digest, ("video", value.frames, value.timestamps, value.frame_indices))
     elif isinstance(value, Mapping):
         _feed(digest, [f"mapping of {len(value)}", *((key, value[key]) for key in sorted(value, key=repr))])
     elif isinstance(value, list | tuple):

@@ -7,10 +7,17 @@ import numpy as np
 
 from aphrodite_jax.errors import RegistrationError, RequestError
 
-__all__ = ["MultiModalInputs", "NestedArrays"]
+__all__ = ["MultiModalInputs", "NestedArrays", "as_array"]
 
 NestedArrays = np.ndarray | tuple["NestedArrays", ...]
 """An array, or, where shapes or dtypes differ, a tuple of arrays or of such tuples."""
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """``value`` as a NumPy array where it is one of any library; None for everything else."""
+    if isinstance(value, np.ndarray):
+        return value
+    return np.asarray(value) if hasattr(value, "__array__") and hasattr(value, "dtype") else None
 
 
 class MultiModalInputs(Mapping[str, NestedArrays]):

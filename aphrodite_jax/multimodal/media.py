@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import MediaError
 
-__all__ = ["open_image"]
+__all__ = ["open_image", "read_media"]
 
 _NOT_OPENED = {
     "BLP",  # these four may hold a whole JPEG or PNG of any size; ICO decodes it while it opens
@@ -67,7 +67,7 @@ def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
             "an image is a Pillow image, a path, a file: or data: URL, bytes or a uint8 array, "
             f"got {type(source).__name__}"
         )
-    content, name = _read(source, model_config)
+    content, name = read_media(source, model_config, "image")
     Image.init()
     formats = [known for known in Image.ID if known not in _NOT_OPENED]
     with _without_pillow_limit():
@@ -82,13 +82,16 @@ def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
         return _decode(image, limit, name)
 
 
-def _read(source: Any, model_config: ModelConfig) -> tuple[bytes, str]:
-    """The bytes behind a path, URL or bytes-like object, and a short name for messages.
+def read_media(source: Any, model_config: ModelConfig, what: str) -> tuple[bytes, str]:
+    """The bytes behind a path, URL or bytes-like object, and a short name for messages about this ``what``.
 
     A file is read only from below ``model_config.media_roots``, whether a path or a URL names it.
+
+    Raises:
+      MediaError: a source that may not or can't be read.
     """
     if not isinstance(source, str | Path):
-        return bytes(source), f"image of {len(source)} bytes"
+        return bytes(source), f"{what} of {len(source)} bytes"
     name = _short(str(source))
     scheme = source.partition(":")[0].lower() if isinstance(source, str) and ":" in source else ""
     if scheme in ("http", "https"):

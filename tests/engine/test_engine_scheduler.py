@@ -16,6 +16,7 @@ from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt, Sequence, S
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.inputs import PlaceholderRange
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
+from aphrodite_jax.outputs import MediaInfo
 from aphrodite_jax.sampling_params import SamplingParams
 
 PAGE_SIZE = 4
@@ -33,7 +34,12 @@ MASKS = {
 def sequence(name, length, media=(), masks="causal", *, tokens=None, outputs=MAX_TOKENS, ends_by_length=False):
     """``media``: content hash, offset and rows of each item; ``tokens`` are those of nobody else by default."""
     items = tuple(
-        MediaItem(modality="image", content_hash=h, placeholder=PlaceholderRange(offset, rows))
+        MediaItem(
+            modality="image",
+            content_hash=h,
+            placeholder=PlaceholderRange(offset, rows),
+            info=MediaInfo(modality="image", offset=offset, num_tokens=rows, num_rows=rows),
+        )
         for h, offset, rows in media
     )
     ranges = {"image": [item.placeholder for item in items]}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError, RegistrationError, RequestError
-from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext, MultiModalInputs, embedding_rows
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext, MultiModalInputs, Video, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import image_processor, items_of
 from aphrodite_jax.multimodal.plugins import AudioPlugin, ImagePlugin, VideoPlugin
 
@@ -241,41 +241,19 @@ def test_items_of_videos():
     assert len(split([array, array])) == 2
     assert len(split([embeddings(2), embeddings(3)])) == 2
     assert len(split([np.zeros((4, 4, 3), np.uint8)] * 2)) == 1  # two frames
-
-
-def test_frames_are_opened_upright_and_stacked(model_config):
-    plugin = VideoPlugin()
-    frames = np.stack([np.asarray(picture(seed=seed)) for seed in range(3)])
-    for given in (frames, list(frames), tuple(Image.fromarray(frame) for frame in frames)):
-        opened = plugin.open(given, model_config)
-        assert opened.dtype == np.uint8
-        np.testing.assert_array_equal(opened, frames)
-    grey = plugin.open([frame[..., 0] for frame in frames], model_config)
-    assert grey.shape == (3, 30, 40, 3)
-    with pytest.raises(MediaError, match="the frames of a video have one size, got 40x30, 41x30"):
-        plugin.open([picture(40, 30), picture(41, 30)], model_config)
-
-
-@pytest.mark.parametrize(
-    "item", ["clip.mp4", b"mp4", [], None, 3, picture(), np.zeros((0, 4, 4, 3), np.uint8), {"frames": []}]
-)
-def test_videos_that_are_none(model_config, item):
-    with pytest.raises(MediaError, match="a video is a list of images or a uint8 array"):
-        VideoPlugin().open(item, model_config)
-
-
-def test_the_pixel_limit_holds_for_frames(model_config):
-    small = ModelConfig(model=model_config.model, max_image_pixels=40 * 30 - 1)
-    for given in ([picture()], np.asarray(picture())[None]):
-        with pytest.raises(MediaError, match="40 x 30 pixels, more than 1199"):
-            VideoPlugin().open(given, small)
+    assert len(split({"frames": a, "fps": 2})) == 1
+    assert len(split([{"frames": a}, {"frames": b}])) == 2
+    assert len(split(["a.png", "b.png"])) == 1  # two frames
+    assert split(["a.mp4", "b.webm"]) == ("a.mp4", "b.webm")
+    assert split("a.mp4") == ("a.mp4",)
+    assert split([]) == ([],)
 
 
 def test_the_default_video_mapper_needs_a_processor(model_config):
     with pytest.raises(
         ConfigError, match=r"the default video mapper has no Hugging Face processor.*register_video_input_mapper"
     ):
-        VideoPlugin().default_mapper(InputContext(model_config), [np.zeros((2, 4, 4, 3), np.uint8)])
+        VideoPlugin().default_mapper(InputContext(model_config), [Video(frames=np.zeros((2, 4, 4, 3), np.uint8))])
 
 
 @pytest.mark.parametrize("plugin", [VideoPlugin(), AudioPlugin()], ids=lambda p: p.modality)

@@ -9,8 +9,8 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import MediaError
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.hf_processors import audio_processor, items_of
-from aphrodite_jax.multimodal.inputs import MultiModalInputs
-from aphrodite_jax.multimodal.plugins.base import MultiModalPlugin, as_array, check_embeddings, is_floating
+from aphrodite_jax.multimodal.inputs import MultiModalInputs, as_array
+from aphrodite_jax.multimodal.plugins.base import MultiModalPlugin, check_embeddings, is_floating
 
 __all__ = ["AudioPlugin"]
 

@@ -11,7 +11,7 @@ from aphrodite_jax.errors import MediaError, RegistrationError
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.inputs import MultiModalInputs
 
-__all__ = ["MultiModalPlugin", "as_array", "check_embeddings", "embedding_rows"]
+__all__ = ["MultiModalPlugin", "check_embeddings", "embedding_rows"]
 
 
 class MultiModalPlugin(abc.ABC):
@@ -49,13 +49,6 @@ class MultiModalPlugin(abc.ABC):
             f"the config of {ctx.model_config.model!r} does not tell how many tokens one {self.modality} item takes "
             f"at most; register a number or a function with register_max_{self.modality}_tokens"
         )
-
-
-def as_array(value: Any) -> np.ndarray | None:
-    """``value`` as a NumPy array where it is one of any library; None for everything else."""
-    if isinstance(value, np.ndarray):
-        return value
-    return np.asarray(value) if hasattr(value, "__array__") and hasattr(value, "dtype") else None
 
 
 def embedding_rows(item: Any) -> int:

@@ -7,11 +7,10 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.hf_processors import image_processor, items_of
-from aphrodite_jax.multimodal.inputs import MultiModalInputs
+from aphrodite_jax.multimodal.inputs import MultiModalInputs, as_array
 from aphrodite_jax.multimodal.media import open_image
 from aphrodite_jax.multimodal.plugins.base import (
     MultiModalPlugin,
-    as_array,
     check_embeddings,
     embedding_rows,
     is_floating,
