@@ -35,6 +35,21 @@ QWEN2 = {
     **TEXT,
     "use_sliding_window": False,
 }
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    **TEXT,
+    "head_dim": 24,
+    "attention_bias": False,
+}
+PHI3 = {
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    **TEXT,
+    "sliding_window": 8,
+    "original_max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 GEMMA = {
     "model_type": "gemma",
     "architectures": ["GemmaForCausalLM"],
@@ -115,6 +130,8 @@ _CASES = {
     "qwen2": (QWEN2, [(24, 0)]),
     "qwen2_tied": (QWEN2 | {"tie_word_embeddings": True}, [(24, 0)]),
     "qwen2_windows": (QWEN2_WINDOWS, [(24, 0)]),
+    "qwen3": (QWEN3, [(24, 0)]),
+    "phi3": (PHI3, [(24, 0)]),
     "gemma": (GEMMA, [(24, 0)]),
     "gemma2": (GEMMA2, [(24, 0)]),
     "gemma2_no_caps": (GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, [(24, 0)]),
@@ -126,6 +143,7 @@ _UNLIKE = {
         if config.get("rope_parameters", TEXT["rope_parameters"]) != TEXT["rope_parameters"]
     },
     "mistral": MISTRAL | {"sliding_window": None},
+    "phi3": PHI3 | {"sliding_window": None},
     "qwen2_windows": QWEN2,
     "gemma2": GEMMA2 | {"attn_logit_softcapping": None},
     "gemma2_no_caps": GEMMA2 | {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2},

@@ -7,6 +7,8 @@ the proportional one, which turns a part of each head.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,17 +47,22 @@ def apply_rotary(x: Float[Array, "T N H"], table: RotaryTable) -> Float[Array, "
 
 
 def rotary_table(
-    config: transformers.PretrainedConfig, positions: Int[Array, " T"], lengths: Int[Array, " T"]
+    config: transformers.PretrainedConfig,
+    positions: Int[Array, " T"],
+    lengths: Int[Array, " T"],
+    *,
+    parameters: Mapping[str, Any] | None = None,
 ) -> RotaryTable:
     """Angles for rows at ``positions`` of requests that are ``lengths`` tokens long when the row is computed.
 
     ``lengths`` is ``max(position + 1, tokens of the prompt)``: scalings that depend on the length (dynamic,
-    longrope) must give a row the same angles however its prompt is cut into chunks.
+    longrope) must give a row the same angles however its prompt is cut into chunks. ``parameters`` are those of one
+    kind of layers where kinds differ; else the config's ``rope_parameters``.
 
     Raises:
       ConfigError: the config names a scaling that is not supported.
     """
-    parameters = config.rope_parameters
+    parameters = config.rope_parameters if parameters is None else parameters
     kind = parameters.get("rope_type", "default")
     if kind not in _SCALINGS:
         raise ConfigError(f"rope_type {kind!r} is not supported; there are {', '.join(sorted(_SCALINGS))}")

@@ -36,13 +36,23 @@ class LlamaAttention(nnx.Module):
         scale: float | None = None,
         soft_cap: float | None = None,
     ):
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
+        heads, head_dim = config.num_attention_heads, head_dim_of(config)
         self.mask, self.head_dim, self.scale, self.soft_cap = mask, head_dim, scale, soft_cap
-        width, kw = config.hidden_size, {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.q_proj = nnx.Linear(width, heads * head_dim, use_bias=qkv_bias, **kw)
-        self.k_proj = nnx.Linear(width, kv_heads * head_dim, use_bias=qkv_bias, **kw)
-        self.v_proj = nnx.Linear(width, kv_heads * head_dim, use_bias=qkv_bias, **kw)
-        self.o_proj = nnx.Linear(heads * head_dim, width, use_bias=out_bias, **kw)
+        kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self._make_projections(config, use_bias=qkv_bias, **kw)
+        self.o_proj = nnx.Linear(heads * head_dim, config.hidden_size, use_bias=out_bias, **kw)
+
+    def _make_projections(self, config, **kw):
+        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nnx.Linear(width, heads * self.head_dim, **kw)
+        self.k_proj = nnx.Linear(width, kv_heads * self.head_dim, **kw)
+        self.v_proj = nnx.Linear(width, kv_heads * self.head_dim, **kw)
+
+    def project(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T N H"], ...]:
+        """Queries, keys and values by head, before they are turned."""
+        return tuple(
+            projection(x).reshape(len(x), -1, self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
     def __call__(
         self,
@@ -52,10 +62,7 @@ class LlamaAttention(nnx.Module):
         metadata: AttentionMetadata,
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
         """The layer's output and its cache with these rows written."""
-        q, k, v = (
-            projection(x).reshape(len(x), -1, self.head_dim)  # [T, heads, H]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.project(x)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out, kv_cache = attend(q, k, v, kv_cache, metadata, mask=self.mask, scale=self.scale, soft_cap=self.soft_cap)
         return self.o_proj(out.reshape(len(x), -1)), kv_cache
@@ -84,12 +91,15 @@ class LlamaDecoderLayer(nnx.Module):
     """
 
     norm_class: type = nnx.RMSNorm
+    attention_class: type[LlamaAttention] = LlamaAttention
+    mlp_class: type = LlamaMLP
 
     def __init__(self, config, *, mask: str, qkv_bias: bool, out_bias: bool, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         scaling = self.attention_scaling(config)
-        self.self_attn = LlamaAttention(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **scaling, **kw)
-        self.mlp = LlamaMLP(config, **kw)
+        biases = {"qkv_bias": qkv_bias, "out_bias": out_bias}
+        self.self_attn = self.attention_class(config, mask=mask, **biases, **scaling, **kw)
+        self.mlp = self.mlp_class(config, **kw)
         self.input_layernorm = self.norm(config, **kw)
         self.post_attention_layernorm = self.norm(config, **kw)
 
@@ -97,6 +107,11 @@ class LlamaDecoderLayer(nnx.Module):
     def attention_scaling(config) -> dict[str, float | None]:
         """``scale`` and ``soft_cap`` of the attention's scores; none are one over the root of a head's width."""
         return {}
+
+    @staticmethod
+    def rope_parameters(config, mask: str) -> dict:
+        """Those of the layers of one mask kind."""
+        return config.rope_parameters
 
     @classmethod
     def norm(cls, config, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
@@ -132,17 +147,21 @@ class LlamaModel(nnx.Module):
             layer_class(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw) for mask in masks
         )
         self.norm = layer_class.norm(config, **kw)
+        self.rope_parameters = {mask: layer_class.rope_parameters(config, mask) for mask in dict.fromkeys(masks)}
 
     def __call__(self, x, positions, kv_caches, metadata):
         """Hidden states after the last norm from token embeddings ``[T, D]``, and the new caches."""
         lengths = metadata.lengths
         if lengths is None:
             lengths = jnp.full_like(positions, len(positions))
-        rotary = rotary_table(self.config, positions, lengths)
+        tables = {
+            mask: rotary_table(self.config, positions, lengths, parameters=parameters)
+            for mask, parameters in self.rope_parameters.items()
+        }
         new_caches = []
         for index, layer in enumerate(self.layers):
             cache = None if kv_caches is None else kv_caches[index]
-            x, cache = call_layer(layer, x, rotary, cache, metadata)
+            x, cache = call_layer(layer, x, tables[layer.self_attn.mask], cache, metadata)
             new_caches.append(cache)
         return self.norm(x), None if kv_caches is None else tuple(new_caches)
 
