@@ -21,8 +21,13 @@ _TABLE: dict[str, str | type] = {
     "LlamaForCausalLM": f"{_BUILT_IN}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_BUILT_IN}.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": f"{_BUILT_IN}.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": f"{_BUILT_IN}.qwen3:Qwen3ForCausalLM",
+    "Phi3ForCausalLM": f"{_BUILT_IN}.phi3:Phi3ForCausalLM",
     "GemmaForCausalLM": f"{_BUILT_IN}.gemma:GemmaForCausalLM",
     "Gemma2ForCausalLM": f"{_BUILT_IN}.gemma:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": f"{_BUILT_IN}.gemma3:Gemma3ForCausalLM",
+    "PaliGemmaForConditionalGeneration": f"{_BUILT_IN}.paligemma:PaliGemmaForConditionalGeneration",
+    "Gemma3ForConditionalGeneration": f"{_BUILT_IN}.gemma3:Gemma3ForConditionalGeneration",
     "LlavaForConditionalGeneration": f"{_BUILT_IN}.llava:LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
 }

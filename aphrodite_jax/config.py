@@ -155,7 +155,7 @@ class EngineConfig:
     Attributes:
       max_num_seqs: requests that run at the same time.
       max_num_batched_tokens: prompt tokens of one prefill step; longer prompts take several steps. None takes
-        the smaller of 2048 and the model's length, rounded up to a bucket.
+        the smaller of 2048 and the model's length, or what rows that see each other need, rounded up to a bucket.
       page_size: tokens of one KV page.
       kv_cache_memory: bytes of KV pages, as a number or as text such as "512MiB". None takes enough on CPU for
         ``max_num_seqs`` full-length requests, at most 1 GiB; on accelerators what is left of the device's memory.

@@ -44,7 +44,7 @@ def make_prompt(case: Case, prompt: tuple, seed: int) -> dict:
     noise = checkpoints.uniform(f"text {num_text} {len(image_sizes)}", (num_text,), seed)
     tokens = [1, *(3 + ((noise[1:] + 1) / 2 * (first_special - 3)).astype(int)).tolist()]
     kinds = ["image"] * len(image_sizes) + ["video"] * len(sizes)
-    placeholders = {"image": checkpoints.IMAGE_TOKEN, "video": case.config.get("video_token_id")}
+    placeholders = {"image": checkpoints.IMAGE_TOKEN, "video": case.config.get("video_token_id"), **case.placeholders}
     shift = 0
     for kind, position in zip(kinds, (3, 6, 7, 9), strict=False):
         before, behind = case.around.get(kind, ((), ()))

@@ -217,7 +217,11 @@ def old_form(config: dict) -> dict:
     renamed = {"dtype": "torch_dtype", "image_token_id": "image_token_index"}
     old = {}
     for name, value in config.items():
-        if name == "rope_parameters":
+        if name == "rope_parameters" and "full_attention" in value:  # one set for each kind of layer
+            old["rope_theta"] = value["full_attention"]["rope_theta"]
+            old["rope_local_base_freq"] = value["sliding_attention"]["rope_theta"]
+            old["rope_scaling"] = {key: v for key, v in value["full_attention"].items() if key != "rope_theta"}
+        elif name == "rope_parameters":
             old["rope_theta"] = value["rope_theta"]
             scaling = {key: v for key, v in value.items() if key != "rope_theta"}
             if scaling.get("rope_type") in ("linear", "dynamic", "yarn", "longrope"):

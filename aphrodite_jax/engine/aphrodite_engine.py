@@ -33,6 +33,7 @@ from aphrodite_jax.executor.buckets import TILE_SIZE
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS, ModelRunner
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
 from aphrodite_jax.modeling.loader import load_model
+from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.outputs import RequestOutput
 from aphrodite_jax.sampling import (
     SampledTokens,
@@ -95,7 +96,7 @@ class AphroditeEngine:
             model_config,
             engine_config,
             media_budget=media_budget,
-            max_num_batched_tokens=self._prefill_tokens(),
+            max_num_batched_tokens=self._prefill_tokens(media_budget),
             media_examples=functools.partial(media_examples, model_config),
         )
         if engine_config.warm_up:
@@ -474,11 +475,17 @@ class AphroditeEngine:
 
     # Checks and sizes.
 
-    def _prefill_tokens(self) -> int:
+    def _prefill_tokens(self, media_budget: int) -> int:
         asked = self.engine_config.max_num_batched_tokens
         if asked is not None:
             return asked
-        whole = min(DEFAULT_PREFILL_TOKENS, self.model_config.context_length)
+        least = DEFAULT_PREFILL_TOKENS
+        for spec in model_class(self.model_config).mask_specs(self.model_config.hf_config).values():
+            if spec.prefix:  # the prompt is computed in one step
+                least = self.model_config.context_length
+            elif spec.bidirectional:  # and so are items that touch
+                least = max(least, media_budget)
+        whole = min(least, self.model_config.context_length)
         return -(-whole // TILE_SIZE) * TILE_SIZE
 
 

@@ -38,6 +38,7 @@ class Case:
         Hugging Face's model, as tensors. Images and videos are uint8 ``[height, width, 3]`` and ``[frames, ...]``.
       files: JSON files of the directory by name, ``preprocessor_config.json`` for one.
       special_tokens: text to id of placeholders and the like, beside ``<image>``; all at the end of the vocabulary.
+      placeholders: modality to the token that stands for an item in a prompt, where it is not that of its rows.
       around: modality to token ids that a prompt has before and behind the placeholder of an item.
       hub_names: (pattern, replacement) from the names that transformers holds in memory to those of hub files, where
         they differ; for families whose tensors are listed from the reference (`checkpoints.weights`).
@@ -49,6 +50,7 @@ class Case:
     reference_inputs: ReferenceInputs = _text_alone
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     special_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    placeholders: Mapping[str, int] = dataclasses.field(default_factory=dict)
     around: Mapping[str, tuple[Sequence[int], Sequence[int]]] = dataclasses.field(default_factory=dict)
     hub_names: tuple[tuple[str, str], ...] = ()
 

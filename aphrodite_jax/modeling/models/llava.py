@@ -101,22 +101,38 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.config = config
-        kw = {"dtype": dtype, "rngs": rngs}
-        self.vision_tower = _tower_class(config)(config.vision_config, **kw)
-        self.multi_modal_projector = LlavaMultiModalProjector(config, **kw)
+        self._make_parts(config, dtype=dtype, rngs=rngs)
         text_config = copy.deepcopy(config.text_config)
         text_config.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides, as in Hugging Face
-        self.language_model = _language_model_class(config)(text_config, **kw)
+        self.language_model = self.language_model_class(config)(text_config, dtype=dtype, rngs=rngs)
+
+    def _make_parts(self, config, **kw):
+        self.vision_tower = _tower_class(config)(config.vision_config, **kw)
+        self.multi_modal_projector = LlavaMultiModalProjector(config, **kw)
 
     @staticmethod
-    def mask_specs(config) -> dict[str, MaskSpec]:
+    def language_model_class(config) -> type:
+        """The class of the language model that the config names.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        kind = config.text_config.model_type
+        if kind not in LANGUAGE_MODELS:
+            raise ConfigError(
+                f"LLaVA with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
+            )
+        return resolve_architecture([LANGUAGE_MODELS[kind]])
+
+    @classmethod
+    def mask_specs(cls, config) -> dict[str, MaskSpec]:
         """Those of the language model: images are plain tokens to it."""
-        return _language_model_class(config).mask_specs(config.text_config)
+        return cls.language_model_class(config).mask_specs(config.text_config)
 
-    @staticmethod
-    def kv_cache_shapes(config):
+    @classmethod
+    def kv_cache_shapes(cls, config):
         """Those of the language model."""
-        return _language_model_class(config).kv_cache_shapes(config.text_config)
+        return cls.language_model_class(config).kv_cache_shapes(config.text_config)
 
     @staticmethod
     def placeholder_str(modality: str, index: int) -> str:
@@ -160,11 +176,8 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
             inputs_embeds = self.embed_input_ids(input_ids)
             if pixel_values is not None or image_embeds is not None:
                 rows = self.embed_multimodal(pixel_values=pixel_values, image_embeds=image_embeds)["image"]
-                inputs_embeds = merge_multimodal_embeddings(
-                    inputs_embeds,
-                    input_ids == self.config.image_token_index,
-                    rows.reshape(-1, rows.shape[-1]),
-                )
+                is_image = input_ids == self.config.image_token_index
+                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
@@ -182,12 +195,3 @@ def _tower_class(config) -> type:
     if kind not in VISION_TOWERS:
         raise ConfigError(f"LLaVA with a vision tower {kind!r} is not supported; there are {', '.join(VISION_TOWERS)}")
     return VISION_TOWERS[kind]
-
-
-def _language_model_class(config) -> type:
-    kind = config.text_config.model_type
-    if kind not in LANGUAGE_MODELS:
-        raise ConfigError(
-            f"LLaVA with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
-        )
-    return resolve_architecture([LANGUAGE_MODELS[kind]])

@@ -28,7 +28,7 @@ class SiglipVisionEmbeddings(nnx.Module):
 
 
 class SiglipVisionTransformer(nnx.Module):
-    """Embeddings and the encoder. ``post_layernorm`` is the checkpoint's and serves poolers alone."""
+    """Embeddings, the encoder, and the norm behind its last layer, which hidden states do not have."""
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
@@ -54,3 +54,8 @@ class SiglipVisionModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], ...]:
         """Hidden states of the tower at ``layers``."""
         return self.vision_model(pixel_values, layers)
+
+    def last_hidden_state(self, pixel_values: Float[Array, "B C height width"]) -> Float[Array, "B T D"]:
+        """Hidden states of the last layer, normed."""
+        (x,) = self.vision_model(pixel_values, (-1,))
+        return self.vision_model.post_layernorm(x)
