@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from aphrodite_jax.config import ModelConfig
-from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
+from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt, num_values
 from aphrodite_jax.errors import (
     AphroditeError,
     PlaceholderError,
@@ -165,7 +165,7 @@ class PromptPreparer:
         assert item.mm_kwargs is not None, "mapped here"
         modality, placeholder, mm_kwargs = item.modality, item.placeholder, item.mm_kwargs
         options = self._model_config.mm_processor_kwargs
-        embeds = None
+        embeds, size = None, num_values(mm_kwargs)
         if set(mm_kwargs) == {f"{modality}_embeds"}:
             embeds = mm_kwargs[f"{modality}_embeds"].reshape(-1, mm_kwargs[f"{modality}_embeds"].shape[-1])
             rows = len(embeds)
@@ -190,6 +190,7 @@ class PromptPreparer:
                 timestamps=content.timestamps if isinstance(content, Video) else None,
             ),
             mm_kwargs=None if embeds is not None else mm_kwargs,
+            num_values=size,
             embeds=embeds,
         )
 

@@ -25,7 +25,7 @@ from aphrodite_jax.engine.encoder_cache import EncoderCache
 from aphrodite_jax.engine.output import LogprobReader, request_output
 from aphrodite_jax.engine.profiling import media_examples, media_tokens_per_prompt
 from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
-from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus
+from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus, num_values
 from aphrodite_jax.engine.stats import EngineStats, clock
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.executor.batch import Rows
@@ -360,6 +360,8 @@ class AphroditeEngine:
             if item.embeds is not None:
                 self.runner.store(item.embeds, rows)
             elif item.mm_kwargs is not None:
+                self.stats.media_values += item.num_values
+                self.stats.media_padding += num_values(item.mm_kwargs) - item.num_values
                 shape = tuple((name, array.shape) for name, array in sorted(item.mm_kwargs.items()))
                 by_shape.setdefault((item.modality, shape), []).append((item.mm_kwargs, rows))
         for group in by_shape.values():

@@ -14,7 +14,7 @@ from aphrodite_jax.outputs import Logprob, MediaInfo
 from aphrodite_jax.sampling_params import SamplingParams
 from kernels_pallas.intervals import RowIntervals, causal, ends_cleanly
 
-__all__ = ["MediaItem", "PreparedPrompt", "Sequence", "SequenceStatus"]
+__all__ = ["MediaItem", "PreparedPrompt", "Sequence", "SequenceStatus", "num_values"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class MediaItem:
     """One item of a prompt: its content hash, its place, and its arrays (items axis of 1) or embeddings.
 
     The arrays are those of the mapper as the model's ``pad_media`` made them; rows past the placeholder's are padding.
-    ``info`` is what the request's output tells of it.
+    ``num_values`` are the numbers in its pixels (`num_values`) before. ``info`` is what the request's output tells of it.
     """
 
     modality: str
@@ -30,7 +30,13 @@ class MediaItem:
     placeholder: PlaceholderRange
     info: MediaInfo
     mm_kwargs: Mapping[str, np.ndarray] | None = None
+    num_values: int = 0
     embeds: np.ndarray | None = None  # [rows, D]
+
+
+def num_values(mm_kwargs: Mapping[str, np.ndarray]) -> int:
+    """Numbers in the floating-point arrays of an item: its pixels, and not what tells where they stand."""
+    return sum(array.size for array in mm_kwargs.values() if array.dtype.kind == "f")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,8 @@ class EngineStats:
       prompt_tokens_computed: of these, those that no page held already.
       output_tokens: that came back.
       media_items, media_encoded: items of sequences that began to run, and those that had to be encoded.
+      media_values, media_padding: numbers in the pixels of media that were encoded, and those that filled shapes up: a
+        share of the vision tower's work.
       steps, decode_steps: programs sent, and tokens of each request that their decode parts made.
       rows, padded_rows: rows of the programs that were a token's, and those that filled buckets up.
       plan, wait, step: seconds in which the host planned and prepared, waited for the device, and both together.
@@ -69,6 +71,8 @@ class EngineStats:
     output_tokens: int = 0
     media_items: int = 0
     media_encoded: int = 0
+    media_values: int = 0
+    media_padding: int = 0
     steps: int = 0
     decode_steps: int = 0
     rows: int = 0

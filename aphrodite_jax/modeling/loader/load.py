@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
 from flax import nnx
 
 from aphrodite_jax.config import ModelConfig
@@ -16,7 +18,7 @@ from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor, read_blocks
 from aphrodite_jax.multimodal.context import model_class
 
-__all__ = ["load_model", "resolve_dtype"]
+__all__ = ["abstract_model", "load_model", "resolve_dtype"]
 
 ALIGNMENT = 64
 """Bytes. The CPU backend takes an array so aligned as it is, where it would copy another."""
@@ -43,7 +45,7 @@ def load_model(model_config: ModelConfig) -> nnx.Module:
     model_cls = model_class(model_config)
     stored = checkpoint_tensors(model_config)
     dtype = resolve_dtype(model_config)
-    model = nnx.eval_shape(lambda: model_cls(hf_config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = abstract_model(model_cls, hf_config, dtype)
     wanted = parameters(model)
     chosen, tied = match(model_cls.weight_rules, stored, wanted, source=repr(model_config.model))
     for path, name in tied.items():
@@ -54,6 +56,21 @@ def load_model(model_config: ModelConfig) -> nnx.Module:
         value = _read(name, stored[chosen[name]], parameter)
         variables[parameter.path] = variables[parameter.path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
+
+
+def abstract_model(model_cls: Any, hf_config: transformers.PretrainedConfig, dtype: Any) -> Any:
+    """The model with shapes in the place of its parameters; nothing is computed."""
+    return nnx.eval_shape(lambda: model_cls(hf_config, dtype=dtype, rngs=_SameKey(0)))
+
+
+class _SameKey(nnx.Rngs):
+    """Gives one key for everything, where no number is ever drawn.
+
+    Streams that count would have each parameter wait for all those before it: minutes for the largest models.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: jax.random.key(0)
 
 
 def resolve_dtype(model_config: ModelConfig) -> np.dtype:

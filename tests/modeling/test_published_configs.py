@@ -1,0 +1,78 @@
+"""Models at their largest published sizes, by shapes alone: no machine here could hold them."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from flax import nnx
+
+from aphrodite_jax.architectures import resolve_architecture
+from aphrodite_jax.modeling.layers.attention import AttentionMetadata
+from aphrodite_jax.modeling.loader.load import abstract_model
+from aphrodite_jax.modeling.loader.matching import match
+from aphrodite_jax.modeling.loader.parameters import parameters
+from aphrodite_jax.modeling.loader.safetensors_file import StoredTensor
+from aphrodite_jax.modeling.models.interfaces import position_axes
+from kernels_pallas.intervals import causal
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "published").glob("*.json"))
+ROWS = 32
+
+
+def name_of(path):
+    return path.stem
+
+
+@functools.cache
+def published_model(path):
+    """The model without its weights, and its config."""
+    config = transformers.AutoConfig.for_model(**json.loads(path.read_text()))
+    return abstract_model(resolve_architecture(config.architectures), config, jnp.bfloat16), config
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+def test_a_forward_pass_has_the_right_shapes(path):
+    model, config = published_model(path)
+    text, model_cls = config.get_text_config(), type(model)
+    graphdef, state = nnx.split(model)
+    axes = position_axes(model_cls)
+    positions = np.zeros((ROWS,) if axes == 1 else (axes, ROWS), np.int32)
+    masks = model_cls.mask_specs(config)
+    metadata = AttentionMetadata(intervals={kind: causal(ROWS, window=spec.window) for kind, spec in masks.items()})
+
+    def forward(state, ids, positions):
+        model = nnx.merge(graphdef, state)
+        embeds = model.embed_input_ids(ids)
+        hidden, _ = model(ids, positions, None, metadata, inputs_embeds=embeds)
+        return embeds, hidden, model.compute_logits(hidden)
+
+    with jax.numpy_dtype_promotion("standard"):  # flax's own norms add bfloat16 to float32
+        embeds, hidden, logits = jax.eval_shape(forward, state, np.zeros(ROWS, np.int32), positions)
+    assert embeds.shape[0] == ROWS
+    assert embeds.shape[1] % text.hidden_size == 0
+    assert (hidden.shape, hidden.dtype) == ((ROWS, text.hidden_size), jnp.bfloat16)
+    assert (logits.shape, logits.dtype) == ((ROWS, text.vocab_size), jnp.float32)
+    shapes = model_cls.kv_cache_shapes(config)
+    assert len(shapes) == text.num_hidden_layers
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+def test_every_tensor_of_hugging_face_s_model_has_its_place(path):
+    """Names and shapes that the reference holds in memory fill our parameters, and none is left."""
+    pytest.importorskip("torch", reason="the reference models of Hugging Face need torch")
+    from make_goldens import reference_shapes
+
+    model, _ = published_model(path)
+    shapes = reference_shapes(json.loads(path.read_text()))
+    stored = {
+        name: StoredTensor(file=path, dtype="BF16", shape=tuple(shape), offset=0, num_bytes=0)
+        for name, shape in shapes.items()
+    }
+    wanted = parameters(model)
+    chosen, _ = match(type(model).weight_rules, stored, wanted, source=path.stem)
+    assert set(chosen) == set(wanted)
