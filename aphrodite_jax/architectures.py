@@ -30,6 +30,8 @@ _TABLE: dict[str, str | type] = {
     "Gemma3ForConditionalGeneration": f"{_BUILT_IN}.gemma3:Gemma3ForConditionalGeneration",
     "LlavaForConditionalGeneration": f"{_BUILT_IN}.llava:LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
+    "Idefics3ForConditionalGeneration": f"{_BUILT_IN}.idefics3:Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration": f"{_BUILT_IN}.idefics3:SmolVLMForConditionalGeneration",
 }
 _PLUGINS_LOADED: set[str] = set()
 

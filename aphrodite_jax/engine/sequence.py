@@ -22,7 +22,7 @@ class MediaItem:
     """One item of a prompt: its content hash, its place, and its arrays (items axis of 1) or embeddings.
 
     The arrays are those of the mapper as the model's ``pad_media`` made them; rows past the placeholder's are padding.
-    ``num_values`` are the numbers in its pixels (`num_values`) before. ``info`` is what the request's output tells of it.
+    ``num_values`` are the numbers in its pixels before; ``info`` is what the request's output tells of it.
     """
 
     modality: str
