@@ -33,6 +33,7 @@ def as_a_reader(monkeypatch):
     monkeypatch.setattr(aphrodite_jax, "LLM", functools.partial(aphrodite_jax.LLM, warm_up=False))
 
 
+@pytest.mark.once
 def test_the_readme(capsys):
     run("README.md")
     assert capsys.readouterr().out.splitlines() == ["rectangle", "a blue rectangle"]

@@ -277,6 +277,7 @@ def test_generate_within_a_stream(llm):
     assert tokens(inner) == tokens(generate(llm, [image_prompt(2), {"prompt": "w5"}], SAMPLED))
 
 
+@pytest.mark.once
 def test_an_aborted_request_gives_what_it_has(llm):
     llm.engine.add_request("mine", image_prompt(1), ONE_BY_ONE)
     with pytest.raises(RequestError, match="in use"):
@@ -479,6 +480,7 @@ def alone(llm):
     st.booleans(),
 )
 @hypothesis.settings(deadline=None, max_examples=25)
+@pytest.mark.once
 def test_a_greedy_request_has_the_same_answer_in_any_company(llm, variants, alone, requests, which, forget):
     prompts, answers = alone
     engine = [llm, *variants][which]

@@ -36,6 +36,7 @@ def test_the_command_of_the_readme():
     assert done.stdout == "blue\n"
 
 
+@pytest.mark.once
 def test_answers_about_pictures_it_never_saw(llm):
     """A part of what `scripts/evaluate_tiny_llava.py` asks."""
     shapes = [(p, question, answer) for p in data.load_shapes("test") for question, answer in p.asked]

@@ -44,6 +44,7 @@ def job(tmp_path):
     return run
 
 
+@pytest.mark.once
 def test_ten_kills_in_a_row_change_nothing(tmp_path):
     requests = write_requests(tmp_path / "requests.jsonl", some_lines(400))
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

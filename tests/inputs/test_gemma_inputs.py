@@ -15,6 +15,8 @@ from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.models import gemma3, paligemma
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
 
+pytestmark = pytest.mark.once
+
 IMAGE = Image.new("RGB", (28, 28))
 
 

@@ -22,6 +22,8 @@ from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.modeling.models import idefics3
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
 
+pytestmark = pytest.mark.once
+
 GOLDEN = read_golden("idefics3")
 TILE, ROWS = 28, 4
 TOKENS_OF_LARGEST = 4 * (2 + ROWS) + 2 + (2 + ROWS + 1)

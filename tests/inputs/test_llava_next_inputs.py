@@ -17,6 +17,8 @@ from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.modeling.models import llava_next
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
 
+pytestmark = pytest.mark.once
+
 GOLDEN = read_golden("llava_next_mistral")
 SIDE = GOLDEN.config["vision_config"]["image_size"]
 PATCHES = SIDE // GOLDEN.config["vision_config"]["patch_size"]

@@ -179,6 +179,7 @@ def test_kernels_interval_memory_is_linear(program):
 
 
 @pytest.mark.parametrize("name", ["odd head", "both are cut"])
+@pytest.mark.once
 def test_kernels_interval_log_sums_join_disjoint_keys(name):
     """Attention over all keys is that over two halves, weighted by their log-sums; and log-sums have gradients."""
     qkv, (start, stop), _ = case(name, "random", 5)

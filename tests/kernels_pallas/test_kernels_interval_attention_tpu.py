@@ -121,6 +121,7 @@ def test_kernels_tpu_forward_random_masks(kind, seed):
     check(draw_qkv(rng, 2, 290, 410, 4, 2, H), start, stop, cut, soft_cap=4.0)
 
 
+@pytest.mark.once
 def test_kernels_tpu_gradients_through_the_public_call():
     """Forward and backward kernels together, log-sums too."""
     rng = np.random.default_rng(2)
@@ -224,6 +225,7 @@ def test_kernels_tpu_forward_compiles(model, chip):
 
 
 @needs_libtpu
+@pytest.mark.once
 def test_kernels_tpu_memory_is_linear():
     def temporary(T):
         compiled = tpu.compile_for("v5e", *attention(1, T, 8, 2, 128))

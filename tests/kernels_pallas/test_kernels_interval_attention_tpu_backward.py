@@ -142,6 +142,7 @@ def test_kernels_tpu_backward_equals_reference(name):
 
 @given(st.sampled_from([PARTS, CHUNKS]), st.sampled_from(EDGES), seeds)
 @settings(max_examples=12, deadline=None)
+@pytest.mark.once
 def test_kernels_tpu_backward_random_intervals(plan, kind, seed):
     shape = (2, 150, 520, 4, 2, 64)
     check(shape, draw_intervals(np.random.default_rng(seed), kind, 2, 150, 520), seed, plan=plan)
@@ -166,6 +167,7 @@ V5E, V4 = 128 * 2**20, 16 * 2**20
 @pytest.mark.parametrize("itemsize", [2, 4])
 @given(*(st.integers(1, n) for n in (70_000, 70_000, 16, 32)), st.sampled_from([8, 64, 72, 80, 96, 128, 256]))
 @settings(max_examples=100, deadline=None)
+@pytest.mark.once
 def test_kernels_tpu_backward_plan_fits(vmem, itemsize, T, S, G, K, H):
     """Heads divide, blocks nest, and what stays in VMEM through a call fits."""
     plan = plan_for(T, S, K * G, K, H, itemsize, vmem)
@@ -236,6 +238,7 @@ def test_kernels_tpu_backward_compiles(chip, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.once
 def test_kernels_tpu_backward_memory_is_linear(monkeypatch):
     """Temporary memory, with keys in one chunk and in several, against that of a T x S matrix of one head."""
     one, some, many = (compiled("v5e", (1, T, T, 4, 1, 128), monkeypatch=monkeypatch) for T in (2**14, 2**15, 2**17))

@@ -124,6 +124,7 @@ def test_kernels_paged_prefill_tpu_masks(blocks):
     check(requests, [(0, 300), (7, 40)], blocks=blocks, **ONE_SHAPE)
 
 
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_whole_blocks():
     """Key blocks that all rows of a request see, before and between others; at first two requests share a program."""
     requests = [causal(300, 20), causal(270, 30), causal(440, 64), (np.full(60, 37), np.full(60, 499))]
@@ -134,6 +135,7 @@ def test_kernels_paged_prefill_tpu_nothing():
     check([(np.zeros(40, int), np.zeros(40, int))], **ONE_SHAPE)
 
 
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_soft_cap():
     check([causal(40, 50, 30), causal(0, 33), causal(0, 0)], soft_cap=2.0, N=2, page_size=64)
 
@@ -150,6 +152,7 @@ def test_kernels_paged_prefill_tpu_soft_cap():
         (4, 2, 256, "float32", 384, DOWN),
     ],
 )
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_heads(N, K, H, dtype, page_size, blocks):
     requests = [causal(280, 20), causal(page_size - 1, 2), causal(0, page_size % 33)]
     check(requests, blocks=blocks, N=N, K=K, H=H, dtype=dtype, page_size=page_size)
@@ -157,6 +160,7 @@ def test_kernels_paged_prefill_tpu_heads(N, K, H, dtype, page_size, blocks):
 
 @settings(deadline=None, max_examples=10)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_random(data, seed):
     rng = np.random.default_rng(seed)
     requests = []
@@ -170,11 +174,13 @@ def test_kernels_paged_prefill_tpu_random(data, seed):
     check(requests, decode, seed=seed, **ONE_SHAPE)
 
 
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_tiles():
     """Tiles that don't divide a program's rows: one may stand in two of them."""
     check([causal(20, 50), causal(0, 47), causal(130, 30)], tile=24, N=2, page_size=64)
 
 
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_large_tables(monkeypatch):
     """Block tables that scalar memory holds a row of at a time."""
     monkeypatch.setattr(pallas_tpu_prefill, "TABLE_WORDS", 20)
@@ -185,6 +191,7 @@ def test_kernels_paged_prefill_tpu_large_tables(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.once
 def test_kernels_paged_prefill_tpu_races(mode):
     """Copies land as soon, and as late, as they may; memory is NaN until it is written."""
     races = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")  # no public way to ask

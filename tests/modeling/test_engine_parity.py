@@ -1,5 +1,7 @@
 """Hugging Face's stored answers through the whole engine: pages, chunked prefill, batches, encoder cache."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -56,6 +58,7 @@ def check_prompt_logprobs(output, prompt):
 
 
 @pytest.mark.parametrize(("tower", "text"), [("clip", "llama"), ("siglip", "mistral"), ("clip", "qwen2")])
+@pytest.mark.once
 def test_llava_alone_and_in_a_batch(tmp_path, tower, text):
     """Text only, one image and three: one after another; then together and in another order.
 
@@ -76,13 +79,16 @@ def test_llava_alone_and_in_a_batch(tmp_path, tower, text):
     assert (llm.engine.scheduler.num_preemptions > 0) == (tower == "siglip")
 
 
-MEDIA_FAMILIES = [name for name in golden_names() if read_golden(name).media_limits and not name.startswith("llava_")]
-
-
+FIXED_SIZE = re.compile(r"llava_(clip|siglip|projector)|llava_next_llama")
+"""LLaVA-1.5, which has tests of its own above, and a second language model under LLaVA-NeXT."""
 SEE_AHEAD = ("gemma3", "paligemma")
+MEDIA_FAMILIES = [name for name in golden_names() if read_golden(name).media_limits and not FIXED_SIZE.match(name)]
 
 
-@pytest.mark.parametrize("name", [*MEDIA_FAMILIES, "llava_next_mistral"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", *(pytest.param(name, marks=pytest.mark.once) for name in MEDIA_FAMILIES if name != "gemma3")],
+)
 def test_media_of_any_shape_alone_cached_and_in_a_batch(tmp_path, name):
     """Text only, one item, several of other sizes and shapes: in chunks; from pages; together in another order."""
     golden = read_golden(name)

@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_loading_memo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+@pytest.mark.once
 def test_peak_memory_stays_under_the_weights_and_one_tensor():
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     script = importlib.util.module_from_spec(spec)

@@ -25,6 +25,8 @@ from aphrodite_jax.modeling.loader import load_model
 from kernels_pallas.intervals import RowIntervals
 from kernels_pallas.pages import pages_shape
 
+pytestmark = pytest.mark.once
+
 LENGTH = 24
 PAGE_SIZE = 8
 WINDOW = 5

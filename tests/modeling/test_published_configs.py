@@ -20,6 +20,8 @@ from aphrodite_jax.modeling.loader.safetensors_file import StoredTensor
 from aphrodite_jax.modeling.models.interfaces import position_axes
 from kernels_pallas.intervals import causal
 
+pytestmark = pytest.mark.once
+
 PUBLISHED = sorted((Path(__file__).parents[1] / "published").glob("*.json"))
 ROWS = 32
 
