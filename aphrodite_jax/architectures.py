@@ -1,8 +1,9 @@
 """Which class serves which architecture name of a checkpoint's ``config.json``.
 
-The table holds import paths, so that looking a name up imports one family and no other. Classes that stand
-elsewhere (a notebook cell, another package) join by ``register_model`` or by an entry point in the group
-``aphrodite_jax.plugins``, whose target is a function of no arguments that registers its classes.
+The table holds import paths, so that looking a name up imports one family and no other. Where one name is that of
+models with different vision towers and classes, ``name/tower`` stands beside ``name``; the tower is the ``model_type``
+of its config. Classes that stand elsewhere (a notebook cell, another package) join by ``register_model`` or by an entry
+point in the group ``aphrodite_jax.plugins``, whose target is a function of no arguments that registers its classes.
 """
 
 import importlib
@@ -32,6 +33,8 @@ _TABLE: dict[str, str | type] = {
     "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
     "Idefics3ForConditionalGeneration": f"{_BUILT_IN}.idefics3:Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration": f"{_BUILT_IN}.idefics3:SmolVLMForConditionalGeneration",
+    "LlavaForConditionalGeneration/pixtral": f"{_BUILT_IN}.pixtral:PixtralForConditionalGeneration",
+    "Mistral3ForConditionalGeneration": f"{_BUILT_IN}.mistral3:Mistral3ForConditionalGeneration",
 }
 _PLUGINS_LOADED: set[str] = set()
 
@@ -63,8 +66,10 @@ def known_architectures() -> tuple[str, ...]:
     return tuple(sorted(_TABLE))
 
 
-def resolve_architecture(names: list[str] | tuple[str, ...] | None, *, source: str = "the config") -> type:
-    """The class for the first of ``names`` that is known.
+def resolve_architecture(
+    names: list[str] | tuple[str, ...] | None, *, tower: str | None = None, source: str = "the config"
+) -> type:
+    """The class for the first of ``names`` that is known, over the vision ``tower`` if there is one for it.
 
     Raises:
       UnknownArchitectureError: no name is known; the message lists those that are, and names each plugin
@@ -74,18 +79,19 @@ def resolve_architecture(names: list[str] | tuple[str, ...] | None, *, source: s
         raise UnknownArchitectureError(
             f"{source} names no architecture; add an 'architectures' list with one of {', '.join(sorted(_TABLE))}"
         )
-    for name in names:
-        if name in _TABLE:
-            return _import(_TABLE[name])
+    keys = [key for name in names for key in ((f"{name}/{tower}", name) if tower else (name,))]
+    for key in keys:
+        if key in _TABLE:
+            return _import(_TABLE[key])
     broken = []
     for plugin in sorted({point.name for point in entry_points(group=PLUGIN_GROUP)}):
         try:
             _load_plugin(plugin)
         except ConfigError as error:
             broken.append(str(error))
-    for name in names:
-        if name in _TABLE:
-            return _import(_TABLE[name])
+    for key in keys:
+        if key in _TABLE:
+            return _import(_TABLE[key])
     message = (
         f"no model class for architecture {' or '.join(map(repr, names))} of {source}; known: "
         f"{', '.join(sorted(_TABLE))}. Register a class with @register_model({names[0]!r})"

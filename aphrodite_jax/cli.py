@@ -154,11 +154,13 @@ def _models(args: argparse.Namespace) -> int:
     from aphrodite_jax.architectures import known_architectures, resolve_architecture
     from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 
-    rows = [("ARCHITECTURE", "TAKES", "CLASS")]
+    rows = [("ARCHITECTURE", "TAKES", "CLASS", "TRAITS")]
     for name in known_architectures():
-        model_cls = resolve_architecture([name])
+        architecture, _, tower = name.partition("/")
+        model_cls = resolve_architecture([architecture], tower=tower or None)
         takes = ", ".join(["text", *MULTIMODAL_REGISTRY.modalities(model_cls)])
-        rows.append((name, takes, f"{model_cls.__module__}.{model_cls.__qualname__}"))
+        traits = "; ".join(getattr(model_cls, "traits", ()))
+        rows.append((name, takes, f"{model_cls.__module__}.{model_cls.__qualname__}", traits))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

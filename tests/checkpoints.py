@@ -89,7 +89,8 @@ WITH_SHAPES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "llava", "llava_n
 
 def has_shapes(config: dict) -> bool:
     """Whether `hub_shapes` knows this kind of model. Goldens of others hold the names and shapes of the reference."""
-    return config["model_type"] in WITH_SHAPES
+    tower = config.get("vision_config", {}).get("model_type")
+    return config["model_type"] in WITH_SHAPES and tower in (None, "clip_vision_model", "siglip_vision_model")
 
 
 def hub_shapes(config: dict) -> dict[str, tuple[int, ...]]:

@@ -54,7 +54,8 @@ def inputs_of(config, prompt):
     inputs = INPUT_REGISTRY.process_input(model_config, inputs)
     np.testing.assert_array_equal(inputs.prompt_token_ids, prompt.input_ids)
     arrays = dict(MULTIMODAL_REGISTRY.map_input(model_config, media))
-    if config.model_type == "llava":  # where mapping is scaling alone, that, for a test of the model alone
+    if config.model_type == "llava" and config.vision_config.model_type != "pixtral":
+        # Mapping is scaling alone: that, for a test of the model alone.
         arrays = {"pixel_values": checkpoints.pixel_values(prompt.images)} if prompt.images else {}
     positions = prompt_positions(model_config, prompt.input_ids, map_media(model_config, inputs))
     return arrays, inputs.placeholders, positions

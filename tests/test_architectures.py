@@ -66,6 +66,13 @@ def test_the_first_known_name_serves():
     assert resolve_architecture(("NoSuchModel", "LlamaForCausalLM", "Qwen2ForCausalLM")).__name__ == "LlamaForCausalLM"
 
 
+def test_a_name_stands_for_another_class_over_another_tower():
+    name = "LlavaForConditionalGeneration"
+    assert resolve_architecture([name], tower="pixtral").__name__ == "PixtralForConditionalGeneration"
+    assert resolve_architecture([name], tower="clip_vision_model").__name__ == name
+    assert resolve_architecture(["NoSuchModel", name], tower="pixtral").__name__ == "PixtralForConditionalGeneration"
+
+
 def test_an_unknown_architecture_names_the_known_ones():
     with pytest.raises(UnknownArchitectureError) as info:
         resolve_architecture(["NoSuchModel", "NorThis"], source="the config of 'here'")

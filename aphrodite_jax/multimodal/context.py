@@ -8,7 +8,7 @@ import transformers
 from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 
-__all__ = ["InputContext", "model_class"]
+__all__ = ["InputContext", "class_of_config", "model_class"]
 
 ConfigT = TypeVar("ConfigT", bound=transformers.PretrainedConfig)
 
@@ -33,4 +33,14 @@ class InputContext:
 
 def model_class(model_config: ModelConfig) -> type:
     """The class that serves the checkpoint's architecture."""
-    return resolve_architecture(model_config.hf_config.architectures, source=f"the config of {model_config.model!r}")
+    return class_of_config(model_config.hf_config, source=f"the config of {model_config.model!r}")
+
+
+def class_of_config(config: transformers.PretrainedConfig, *, source: str = "the config") -> type:
+    """The class for the architecture that a config names, over its vision tower.
+
+    Raises:
+      UnknownArchitectureError: as `resolve_architecture`.
+    """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return resolve_architecture(config.architectures, tower=tower, source=source)

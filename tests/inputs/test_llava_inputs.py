@@ -92,9 +92,9 @@ def test_placeholders_and_images_that_do_not_match(tmp_path, count):
 
 
 def test_a_tower_that_is_not_known(tmp_path):
-    config = llava_files.llava_config(vision_config={"model_type": "pixtral"})
+    config = llava_files.llava_config(vision_config={"model_type": "dinov2"})
     model_config = ModelConfig(model=llava_files.write_llava(tmp_path, config))
     with pytest.raises(
-        ConfigError, match="a vision tower 'pixtral' is not supported; there are clip_vision_model, siglip"
+        ConfigError, match="a vision tower 'dinov2' is not supported; there are clip_vision_model, siglip"
     ):
         MULTIMODAL_REGISTRY.get_max_multimodal_tokens(model_config)

@@ -11,13 +11,13 @@ import pytest
 import transformers
 from flax import nnx
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.loader.load import abstract_model
 from aphrodite_jax.modeling.loader.matching import match
 from aphrodite_jax.modeling.loader.parameters import parameters
 from aphrodite_jax.modeling.loader.safetensors_file import StoredTensor
 from aphrodite_jax.modeling.models.interfaces import position_axes
+from aphrodite_jax.multimodal.context import class_of_config
 from kernels_pallas.intervals import causal
 
 pytestmark = pytest.mark.once
@@ -34,7 +34,7 @@ def name_of(path):
 def published_model(path):
     """The model without its weights, and its config."""
     config = transformers.AutoConfig.for_model(**json.loads(path.read_text()))
-    return abstract_model(resolve_architecture(config.architectures), config, jnp.bfloat16), config
+    return abstract_model(class_of_config(config), config, jnp.bfloat16), config
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name_of)

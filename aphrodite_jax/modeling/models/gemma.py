@@ -61,6 +61,8 @@ class Gemma2DecoderLayer(GemmaDecoderLayer):
 class GemmaForCausalLM(LlamaForCausalLM):
     """Gemma as a language model."""
 
+    traits = ("scaled embeddings", "norms around one")
+
     layer_class = GemmaDecoderLayer
 
     @staticmethod
@@ -77,6 +79,8 @@ class GemmaForCausalLM(LlamaForCausalLM):
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
     """Gemma 2 as a language model: every other layer has a window, scores and logits are capped."""
+
+    traits = ("soft caps of scores and logits", "window in every other layer", "norms before and behind")
 
     layer_class = Gemma2DecoderLayer
 

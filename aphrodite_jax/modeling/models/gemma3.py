@@ -78,6 +78,11 @@ class Gemma3DecoderLayer(Gemma2DecoderLayer):
 class Gemma3ForCausalLM(GemmaForCausalLM):
     """Gemma 3 as a language model."""
 
+    traits = (
+        "five layers with a window to one without",
+        "normed heads of queries and keys",
+    )
+
     layer_class = Gemma3DecoderLayer
 
     @staticmethod
@@ -299,6 +304,8 @@ class Gemma3Projector(nnx.Module):
 @INPUT_REGISTRY.register_input_processor(expand_images)
 class Gemma3ForConditionalGeneration(LlavaForConditionalGeneration):
     """Gemma 3 with images."""
+
+    traits = ("image spans that see themselves", "pooled tower", "pan and scan")
 
     def _make_parts(self, config, **kw):
         self.vision_tower = SiglipVisionModel(config.vision_config, **kw)

@@ -312,6 +312,8 @@ class Idefics3Connector(nnx.Module):
 class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
     """Idefics3 over Llama or Mistral."""
 
+    traits = ("tiles, with their names in the prompt", "pixel shuffle")
+
     weight_rules = (
         WeightRule(r".*\.rotary_emb\.inv_freq|.*\.position_ids", None),
         WeightRule(r"(?:model\.)?vision_model\.(.*)", r"vision_model.\1"),

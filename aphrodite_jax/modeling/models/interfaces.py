@@ -42,6 +42,8 @@ class LanguageModel(Protocol):
 
     Class attributes:
       weight_rules: how checkpoint names become parameter paths.
+
+    A class may have ``traits``, a tuple of what sets it apart, in a few words each, for lists of models.
     """
 
     weight_rules: ClassVar[tuple[WeightRule, ...]]

@@ -172,6 +172,8 @@ class LlamaForCausalLM(nnx.Module):
     Families with the same decoder subclass it and say what differs: the layers, the mask kind of each, the biases.
     """
 
+    traits: tuple[str, ...] = ("every scaling of rotary positions",)
+
     layer_class: type[LlamaDecoderLayer] = LlamaDecoderLayer
 
     weight_rules = (

@@ -88,6 +88,8 @@ class LlavaMultiModalProjector(nnx.Module):
 class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
     """LLaVA-1.5 over Llama, Mistral or Qwen2."""
 
+    traits = ("one size of images", "CLIP or SigLIP at any of its layers")
+
     # Files have one of three layouts; ours is the oldest, which hub files have.
     weight_rules = (
         WeightRule(r".*\.rotary_emb\.inv_freq|.*\.position_ids", None),

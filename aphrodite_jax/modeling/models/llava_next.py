@@ -149,6 +149,8 @@ def _size(image: Image.Image) -> tuple[int, int]:
 class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA-NeXT over Llama, Mistral or Qwen2."""
 
+    traits = ("tiles of the best grid", "padding taken out again", "learned row behind each line")
+
     weight_rules = (
         WeightRule(r"(?:model\.)?image_newline", r"image_newline"),
         *LlavaForConditionalGeneration.weight_rules,

@@ -9,6 +9,8 @@ __all__ = ["MistralForCausalLM"]
 class MistralForCausalLM(LlamaForCausalLM):
     """Mistral as a language model."""
 
+    traits = ("window in every layer",)
+
     @staticmethod
     def mask_specs(config) -> dict[str, MaskSpec]:
         """One kind: a window, or everything before where the config has none."""

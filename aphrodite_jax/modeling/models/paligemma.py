@@ -117,6 +117,8 @@ class PaliGemmaProjector(nnx.Module):
 class PaliGemmaForConditionalGeneration(LlavaForConditionalGeneration):
     """PaliGemma over Gemma, PaliGemma 2 over Gemma 2."""
 
+    traits = ("prefix-LM prompts", "soft caps and windows (PaliGemma 2)")
+
     def _make_parts(self, config, **kw):
         if config.projection_dim != config.text_config.hidden_size:
             raise ConfigError(

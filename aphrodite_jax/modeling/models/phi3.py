@@ -54,4 +54,6 @@ class Phi3DecoderLayer(LlamaDecoderLayer):
 class Phi3ForCausalLM(MistralForCausalLM):
     """Phi-3 as a language model; its window, like Mistral's, is in every layer."""
 
+    traits = ("joined projections", "a part of each head turns", "window in every layer")
+
     layer_class = Phi3DecoderLayer

@@ -12,6 +12,8 @@ __all__ = ["Qwen2ForCausalLM"]
 class Qwen2ForCausalLM(LlamaForCausalLM):
     """Qwen2 as a language model."""
 
+    traits = ("biased queries, keys and values", "window in some layers")
+
     @staticmethod
     def layer_masks(config) -> tuple[str, ...]:
         """As the config's ``layer_types`` say."""

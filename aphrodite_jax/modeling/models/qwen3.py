@@ -38,6 +38,8 @@ class Qwen3DecoderLayer(LlamaDecoderLayer):
 class Qwen3ForCausalLM(Qwen2ForCausalLM):
     """Qwen3 as a language model; some of its layers may have a window, as in Qwen2."""
 
+    traits = ("normed heads of queries and keys", "window in some layers")
+
     layer_class = Qwen3DecoderLayer
 
     @staticmethod
