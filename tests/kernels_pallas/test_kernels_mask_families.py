@@ -103,7 +103,7 @@ RULES = {
     ("Mllama", "cross-attention to image rows"): sees_image,
     ("Mllama", "tower, padding patches last"): lambda p, i, j: i < p["V"] or j < p["V"],
     ("CLIP, SigLIP and other towers", "one image a sequence"): lambda p, i, j: True,
-    ("Idefics3, SmolVLM, Gemma 4 towers", "padding patches last"): lambda p, i, j: i < p["V"] and j < p["V"],
+    ("Pixtral, Qwen-VL and Gemma 4 towers", "padding patches last"): lambda p, i, j: i < p["V"] and j < p["V"],
     ("Pixtral, Qwen2-VL, Qwen2.5-VL, Qwen3-VL towers", "full"):
         lambda p, i, j: together(pairwise(p["cu_seqlens"]), i, j),
     ("Qwen2.5-VL tower", "windows, patches sorted by window"): sorted_windows,
