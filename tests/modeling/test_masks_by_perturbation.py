@@ -22,6 +22,7 @@ from aphrodite_jax.inputs import PlaceholderRange
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.layers.rotary import rotary_table
 from aphrodite_jax.modeling.loader import load_model
+from aphrodite_jax.modeling.models import qwen2_5_vl, qwen2_vl
 from kernels_pallas.intervals import RowIntervals
 from kernels_pallas.pages import pages_shape
 
@@ -170,3 +171,63 @@ def _chunk(rows, begin, end):
         max_pages=3,
     )
     return jax.tree.map(jnp.asarray, batch), int(offsets[0])
+
+
+# Qwen2.5-VL's tower.
+
+GRIDS = {"an image": (1, 3, 5), "a video": (2, 2, 3), "one window": (1, 1, 2), "a narrow image": (1, 1, 7)}
+PADDED_SQUARES = 16
+
+
+@functools.cache
+def tower():
+    golden = read_golden("qwen2_5_vl")
+    with tempfile.TemporaryDirectory() as directory:
+        model_config = ModelConfig(model=golden.write_checkpoint(Path(directory)), dtype="float32")
+        return load_model(model_config).visual, model_config.hf_config
+
+
+@functools.cache
+def block_of(kind):
+    """A block of the tower that sees windows, or all of a layer, as a function of hidden states ``[N, T, D]``."""
+    visual, config = tower()
+    full = config.vision_config.fullatt_block_indexes
+    index = next(i for i in range(config.vision_config.depth) if (i in full) == (kind == "full"))
+    graphdef, state = nnx.split(visual.blocks[index])
+
+    def run(xs, positions, bounds):
+        rotary = qwen2_vl.axial_rotary_table(config.vision_config, positions[None])
+        intervals = RowIntervals(bounds[None, :, 0], bounds[None, :, 1])
+        return jax.lax.map(lambda x: nnx.merge(graphdef, state)(x[None], rotary, intervals)[0], xs)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("what", GRIDS)
+@pytest.mark.parametrize("kind", ["full", "window"])
+def test_patches_move_within_their_window_or_layer(kind, what):
+    """A window is two squares of patches a side; squares behind the image are padding."""
+    _, config = tower()
+    vision, grid = config.vision_config, GRIDS[what]
+    num_patches = int(np.prod(grid)) * vision.spatial_merge_size**2
+    patches = np.zeros((num_patches, qwen2_vl.patch_width(vision)), np.float32)
+    arrays = {f"image_{name}": x[None] for name, x in qwen2_5_vl.arrange(config, patches, grid).items()}
+    padded = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.pad_media(config, arrays)
+    positions, bounds = padded["image_positions"][0], padded[f"image_{'frames' if kind == 'full' else 'windows'}"][0]
+    total, width = len(positions), vision.hidden_size
+    assert total == PADDED_SQUARES * vision.spatial_merge_size**2
+
+    layer = np.arange(num_patches) * grid[0] // num_patches  # windows of a layer stand together
+    window = positions[:num_patches] // (vision.window_size // vision.patch_size)
+    same = layer[:, None] == layer[None]
+    if kind == "window":
+        same &= (window[:, None] == window[None]).all(-1)
+    expected = np.eye(total, dtype=bool)
+    expected[:num_patches, :num_patches] = same
+
+    x = np.random.default_rng(0).normal(size=(total, width)).astype(np.float32)
+    changed = x[None] + 3 * np.eye(total, dtype=np.float32)[:, :, None] * np.roll(x, 1, axis=1)[None]
+    before, *after = np.asarray(block_of(kind)(np.concatenate([x[None], changed]), positions, bounds))
+    moved = (np.abs(after - before).max(axis=-1) > 1e-6).T
+    np.testing.assert_array_equal(moved, expected)
+    assert kind == "full" or what == "one window" or same.sum() < (layer[:, None] == layer[None]).sum()

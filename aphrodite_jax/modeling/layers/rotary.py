@@ -18,16 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["RotaryTable", "angles_depend_on_length", "apply_rotary", "rotary_table"]
+__all__ = ["RotaryTable", "angles_depend_on_length", "apply_rotary", "axis_of_pairs", "rotary_table"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RotaryTable:
-    """Cosine and sine of each row's angles, ``[T, rotary_dim / 2]``, float32."""
+    """Cosine and sine of each row's angles, ``[T, rotary_dim / 2]``, or of a batch of such rows; float32."""
 
-    cos: Float[Array, "T half"]
-    sin: Float[Array, "T half"]
+    cos: Float[Array, "*B T half"]
+    sin: Float[Array, "*B T half"]
 
 
 def angles_depend_on_length(config: transformers.PretrainedConfig) -> bool:
@@ -37,18 +37,18 @@ def angles_depend_on_length(config: transformers.PretrainedConfig) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def apply_rotary(x: Float[Array, "T N H"], table: RotaryTable) -> Float[Array, "T N H"]:
+def apply_rotary(x: Float[Array, "*B T N H"], table: RotaryTable) -> Float[Array, "*B T N H"]:
     """Rotate the pairs ``(x[i], x[i + half])`` of each head; dimensions past the table stay as they are."""
     half = table.cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    cos, sin = table.cos[:, None], table.sin[:, None]
+    cos, sin = table.cos[..., None, :], table.sin[..., None, :]
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def rotary_table(
     config: transformers.PretrainedConfig,
-    positions: Int[Array, " T"],
+    positions: Int[Array, " T"] | Int[Array, "axes T"],
     lengths: Int[Array, " T"],
     *,
     parameters: Mapping[str, Any] | None = None,
@@ -57,10 +57,11 @@ def rotary_table(
 
     ``lengths`` is ``max(position + 1, tokens of the prompt)``: scalings that depend on the length (dynamic,
     longrope) must give a row the same angles however its prompt is cut into chunks. ``parameters`` are those of one
-    kind of layers where kinds differ; else the config's ``rope_parameters``.
+    kind of layers where kinds differ; else the config's ``rope_parameters``. Where rows have positions on several
+    axes, each pair of a head turns by that of one of them (`axis_of_pairs`).
 
     Raises:
-      ConfigError: the config names a scaling that is not supported.
+      ConfigError: the config names a scaling that is not supported, or does not tell the axes of the pairs.
     """
     parameters = config.rope_parameters if parameters is None else parameters
     kind = parameters.get("rope_type", "default")
@@ -70,10 +71,42 @@ def rotary_table(
     # The proportional kind spreads its frequencies over the whole head, though only a part of it turns.
     turning = 1.0 if kind == "proportional" else parameters.get("partial_rotary_factor", 1.0)
     dim = int(head_dim * turning)
+    if positions.ndim == 1:
+        turns = positions[:, None]
+    else:
+        if angles_depend_on_length(config):
+            raise ConfigError(f"rope_type {kind!r} is not supported with positions on {len(positions)} axes")
+        turns = positions[axis_of_pairs(parameters, len(positions), dim // 2)].T  # [T, pairs]
     frequencies, attention_factor = _SCALINGS[kind](config, parameters, dim, lengths)
-    angles = positions[:, None].astype(jnp.float32) * jnp.atleast_2d(jnp.asarray(frequencies, jnp.float32))
+    angles = turns.astype(jnp.float32) * jnp.atleast_2d(jnp.asarray(frequencies, jnp.float32))
     factor = jnp.float32(attention_factor)
     return RotaryTable(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def axis_of_pairs(parameters: Mapping[str, Any], axes: int, pairs: int) -> Int[np.ndarray, " pairs"]:
+    """For each pair of a head the axis whose position turns it (M-RoPE, https://arxiv.org/abs/2409.12191).
+
+    ``mrope_section`` tells how many pairs each axis has. They stand one axis after the other, or, with
+    ``mrope_interleaved``, by turns while both last, and all others are the first axis'. Sections of 4, 2 and 2:
+
+        one after the other   0 0 0 0 1 1 2 2
+        interleaved           0 1 2 0 1 2 0 0
+
+    Raises:
+      ConfigError: there are no sections, or not of all pairs.
+    """
+    section = parameters.get("mrope_section")
+    if section is None or len(section) != axes or sum(section) != pairs:
+        raise ConfigError(
+            f"mrope_section {section} is not supported: it tells for each of {axes} axes of positions how many of the "
+            f"{pairs} pairs of a head turn by it"
+        )
+    if not parameters.get("mrope_interleaved", False):
+        return np.repeat(np.arange(axes), section)
+    axis_of_pair = np.zeros(pairs, int)
+    for axis in range(1, axes):
+        axis_of_pair[axis : axes * section[axis] : axes] = axis
+    return axis_of_pair
 
 
 # Each scaling: (config, rope parameters, dim, lengths [T]) -> (frequencies [half] or [T, half], attention factor).
