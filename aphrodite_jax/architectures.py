@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from aphrodite_jax.errors import ConfigError, UnknownArchitectureError
 
-__all__ = ["known_architectures", "register_model", "resolve_architecture"]
+__all__ = ["built_in_architectures", "known_architectures", "register_model", "resolve_architecture"]
 
 PLUGIN_GROUP = "aphrodite_jax.plugins"
 
@@ -34,6 +34,8 @@ _TABLE: dict[str, str | type] = {
     "Qwen3VLForConditionalGeneration": f"{_BUILT_IN}.qwen3_vl:Qwen3VLForConditionalGeneration",
     "LlavaForConditionalGeneration": f"{_BUILT_IN}.llava:LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": f"{_BUILT_IN}.llava_next:LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": f"{_BUILT_IN}.llava_onevision:LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration": f"{_BUILT_IN}.internvl:InternVLForConditionalGeneration",
     "Idefics3ForConditionalGeneration": f"{_BUILT_IN}.idefics3:Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration": f"{_BUILT_IN}.idefics3:SmolVLMForConditionalGeneration",
     "LlavaForConditionalGeneration/pixtral": f"{_BUILT_IN}.pixtral:PixtralForConditionalGeneration",
@@ -60,6 +62,11 @@ def register_model(architecture: str) -> Callable[[ModelT], ModelT]:
         return model_cls
 
     return wrapper
+
+
+def built_in_architectures() -> tuple[str, ...]:
+    """Names that this package serves itself, in the order of the table, whatever plugins there are."""
+    return tuple(name for name, target in _TABLE.items() if isinstance(target, str) and target.startswith(_BUILT_IN))
 
 
 def known_architectures() -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from aphrodite_jax.engine.block_manager import BlockManager
 from aphrodite_jax.engine.detokenizer import Detokenizer
 from aphrodite_jax.engine.encoder_cache import EncoderCache
 from aphrodite_jax.engine.output import LogprobReader, request_output
-from aphrodite_jax.engine.profiling import media_examples, media_tokens_per_prompt
+from aphrodite_jax.engine.profiling import media_shapes, media_tokens_per_prompt
 from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
 from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus, num_values
 from aphrodite_jax.engine.stats import EngineStats, clock
@@ -97,7 +97,7 @@ class AphroditeEngine:
             engine_config,
             media_budget=media_budget,
             max_num_batched_tokens=self._prefill_tokens(media_budget),
-            media_examples=functools.partial(media_examples, model_config),
+            media_shapes=functools.partial(media_shapes, model_config),
         )
         if engine_config.warm_up:
             self.runner.warm_up(show_progress=engine_config.show_progress)

@@ -45,6 +45,8 @@ from kernels_pallas.pages import pages_shape
 
 __all__ = ["MAX_DECODE_STEPS", "ModelRunner", "RowsPerItem"]
 
+MediaShapes = Mapping[str, jax.ShapeDtypeStruct]
+"""Arrays of media by keyword, as shapes."""
 RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
 
 PROMPT_LOGPROB_ROWS = 64
@@ -61,7 +63,7 @@ class ModelRunner:
       model_config, engine_config: as given by the user.
       media_budget: rows that the media of one prompt at its limits take; 0 for a text model.
       max_num_batched_tokens: tokens of a prefill step.
-      media_examples: gives arrays of one item of each shape in which media are encoded, from `rows_per_item`; it is
+      media_shapes: gives the arrays of one item for each shape in which media are encoded, from `rows_per_item`; it is
         asked where memory must be planned and when programs are compiled ahead.
     """
 
@@ -73,7 +75,7 @@ class ModelRunner:
         *,
         media_budget: int,
         max_num_batched_tokens: int,
-        media_examples: Callable[[RowsPerItem], Sequence[Mapping[str, np.ndarray]]] = lambda rows_per_item: (),
+        media_shapes: Callable[[RowsPerItem], Sequence[MediaShapes]] = lambda rows_per_item: (),
     ):
         hf_config = model_config.hf_config
         self._graphdef: Any
@@ -97,7 +99,7 @@ class ModelRunner:
         self.num_slots = engine_config.max_num_seqs
         self._last_tokens = jnp.zeros(self.num_slots, jnp.int32)
         self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
-        self._make_media_examples = media_examples
+        self._find_media_shapes = media_shapes
         self._allocate_pages(engine_config)
 
     # Start-up.
@@ -113,7 +115,7 @@ class ModelRunner:
         ]
         jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
         jobs += [self._decode_job(*self._decode_arrays((), (), (), ()), 1, n) for n in self.buckets.greedy_requests]
-        jobs += [self._encode_job_of(example, n) for example in self._media_examples for n in self.buckets.encode_items]
+        jobs += [self._encode_job_of(shapes, n) for shapes in self._media_shapes for n in self.buckets.encode_items]
         if self._multimodal:
             jobs += [
                 self._store_job(np.zeros((rows, self._width), self._dtype), np.zeros(rows, np.int32))
@@ -226,8 +228,8 @@ class ModelRunner:
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     @functools.cached_property
-    def _media_examples(self) -> Sequence[Mapping[str, np.ndarray]]:
-        return self._make_media_examples(self.rows_per_item) if self._multimodal else ()
+    def _media_shapes(self) -> Sequence[MediaShapes]:
+        return self._find_media_shapes(self.rows_per_item) if self._multimodal else ()
 
     # Programs: each method says what one takes, for a run and for compiling ahead alike.
 
@@ -304,7 +306,7 @@ class ModelRunner:
         check_block_tables(tables, self.num_pages)
         return np.array(slots, np.int32), np.array(places, np.int32), np.array(offsets, np.int32), tables
 
-    def _encode_job(self, arrays: Mapping[str, np.ndarray], count: int, rows: Sequence[np.ndarray] = ()) -> CompileJob:
+    def _encode_job(self, arrays: Mapping[str, Any], count: int, rows: Sequence[np.ndarray] = ()) -> CompileJob:
         def encode(params, encoder_cache, arrays, targets):
             embeds = nnx.merge(self._graphdef, params).embed_multimodal(**arrays)
             made = jnp.concatenate([item for items in embeds.values() for item in items])
@@ -318,8 +320,10 @@ class ModelRunner:
         args = (self._params, self._encoder_cache, dict(arrays), targets)
         return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
 
-    def _encode_job_of(self, example: Mapping[str, np.ndarray], count: int) -> CompileJob:
-        return self._encode_job({name: np.repeat(array, count, axis=0) for name, array in example.items()}, count)
+    def _encode_job_of(self, shapes: MediaShapes, count: int) -> CompileJob:
+        return self._encode_job(
+            {name: self._shape((count, *x.shape[1:]), x.dtype) for name, x in shapes.items()}, count
+        )
 
     def _store_job(self, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:
         def store(encoder_cache, embeds, targets):
@@ -448,7 +452,7 @@ class ModelRunner:
         if self._limit is not None and engine_config.kv_cache_memory is None:
             largest = self._dummy_batch(*self.buckets.shape(self.num_slots, self.buckets.prefill_tokens[-1]))
             jobs = [self._forward_job(largest)]
-            jobs += [self._encode_job_of(example, self.buckets.encode_items[-1]) for example in self._media_examples]
+            jobs += [self._encode_job_of(shapes, self.buckets.encode_items[-1]) for shapes in self._media_shapes]
             self.programs.compile(jobs, show_progress=False)
             used = _nbytes(self._params) + self._encoder_cache.nbytes
             # They run one after the other: there must be room for the hungrier one.

@@ -3,13 +3,16 @@
 Most input processors and dummy data functions are one call of these.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from aphrodite_jax.errors import ConfigError, PlaceholderError
 from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlaceholderRange
 
-__all__ = ["Tokens", "dummy_prompt", "expand_items", "expand_placeholders"]
+__all__ = ["Tokens", "dummy_prompt", "dummy_prompt_of", "expand_items", "expand_placeholders"]
 
 Tokens = int | Sequence[int]
 """What an item's placeholder becomes: so many times itself, or a sequence of tokens."""
@@ -20,15 +23,28 @@ def expand_items(
 ) -> LLMInputs:
     """New inputs, in which the token ``placeholder`` of the i-th item of a modality has become ``items[i]``.
 
+    Modalities are expanded one after another: ranges of those before move with their tokens.
+
     Raises:
       PlaceholderError: as `expand_placeholders`.
     """
     tokens, ranges = expand_placeholders(inputs.prompt_token_ids, placeholder, items, row_token=row_token)
+    moved = {other: _moved(spans, ranges) for other, spans in inputs.placeholders.items()}
     return LLMInputs(
         prompt_token_ids=tokens,
         prompt=inputs.prompt,
         multi_modal_data=inputs.multi_modal_data,
-        placeholders={**inputs.placeholders, modality: ranges} if items else inputs.placeholders,
+        placeholders={**moved, modality: ranges} if items else moved,
+    )
+
+
+def _moved(spans: Sequence[PlaceholderRange], grown: Sequence[PlaceholderRange]) -> tuple[PlaceholderRange, ...]:
+    """Ranges of a prompt in which one token each has become the ``grown`` ones."""
+    added = np.cumsum([0, *(span.length - 1 for span in grown)])
+    places = [span.offset - before for span, before in zip(grown, added, strict=False)]
+    return tuple(
+        dataclasses.replace(span, offset=span.offset + int(added[np.searchsorted(places, span.offset)]))
+        for span in spans
     )
 
 
@@ -40,14 +56,26 @@ def dummy_prompt(
     Raises:
       ConfigError: the items take more than that.
     """
-    padding = seq_len - len(items) * tokens_per_item
+    return dummy_prompt_of(seq_len, **{modality: (placeholder, items, tokens_per_item)})
+
+
+def dummy_prompt_of(seq_len: int, **kinds: tuple[int, Sequence[Any], int]) -> DummyData:
+    """As `dummy_prompt` for several modalities: the placeholder, items and tokens per item of each.
+
+    Raises:
+      ConfigError: the items take more than ``seq_len`` tokens.
+    """
+    padding = seq_len - sum(len(items) * tokens for _, items, tokens in kinds.values())
     if padding < 0:
+        sizes = (f"{len(items)} {modality} items of up to {tokens}" for modality, (_, items, tokens) in kinds.items())
         raise ConfigError(
-            f"{len(items)} {modality} items of up to {tokens_per_item} tokens do not fit in {seq_len} tokens: lower "
-            "limit_mm_per_prompt or raise max_model_len"
+            f"{' and '.join(sizes)} tokens do not fit in {seq_len} tokens: lower limit_mm_per_prompt or raise "
+            "max_model_len"
         )
+    placeholders = [placeholder for placeholder, items, _ in kinds.values() for _ in items]
     return DummyData(
-        prompt_token_ids=(placeholder,) * len(items) + (0,) * padding, multi_modal_data={modality: list(items)}
+        prompt_token_ids=(*placeholders, *[0] * padding),
+        multi_modal_data={modality: list(items) for modality, (_, items, _) in kinds.items()},
     )
 
 

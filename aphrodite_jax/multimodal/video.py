@@ -16,10 +16,11 @@ from transformers.utils.hub import cached_file
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
+from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.multimodal.inputs import as_array
 from aphrodite_jax.multimodal.media import open_image, read_media
 
-__all__ = ["FrameSampling", "Video", "frame_sampling", "open_video"]
+__all__ = ["FrameSampling", "Video", "frame_sampling", "open_video", "video_processor_options"]
 
 PROCESSOR_FILES = {
     "video_preprocessor_config.json": None,
@@ -73,13 +74,14 @@ class FrameSampling:
 
 
 def frame_sampling(model_config: ModelConfig) -> FrameSampling:
-    """That of the checkpoint's video processor, with ``video_sampling`` of the config set.
+    """That of the checkpoint's video processor, else of its model class, with ``video_sampling`` of the config set.
 
     Raises:
       ConfigError: an option that is unknown or out of range.
     """
     names = [field.name for field in dataclasses.fields(FrameSampling)]
-    options = {name: value for name, value in _processor_options(model_config).items() if name in names and value}
+    options = dict(getattr(model_class(model_config), "video_sampling", {}))
+    options |= {name: value for name, value in video_processor_options(model_config).items() if name in names and value}
     asked = dict(model_config.video_sampling)
     if unknown := sorted(set(asked) - set(names)):
         raise ConfigError(f"video_sampling has no option {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
@@ -214,7 +216,12 @@ def _take(container: Any, stream: Any, wanted: set[int], rate: float) -> tuple[d
     return frames, times
 
 
-def _processor_options(model_config: ModelConfig) -> dict[str, Any]:
+def video_processor_options(model_config: ModelConfig) -> dict[str, Any]:
+    """What the checkpoint's files say of its video processor; empty where they say nothing.
+
+    Raises:
+      ConfigError: a file that is no JSON.
+    """
     for file, key in PROCESSOR_FILES.items():
         path = cached_file(
             model_config.model, file, revision=model_config.revision, _raise_exceptions_for_missing_entries=False

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphrodite_jax.errors import PlaceholderError
-from aphrodite_jax.inputs import LLMInputs, PlaceholderRange, expand_placeholders
+from aphrodite_jax.inputs import LLMInputs, PlaceholderRange, expand_items, expand_placeholders
 
 PLACEHOLDER = 9
 
@@ -40,6 +40,19 @@ def test_placeholders_and_items_that_do_not_match(count, lengths):
         f"the prompt has {count} placeholders (token 9) for {len(lengths)} items: write one for each item; it is "
         "expanded here"
     )
+
+
+def test_modalities_one_after_another():
+    """7 stands for an image of two rows, 8 for a video of two runs of three rows with text between; 9 is its row."""
+    inputs = LLMInputs(prompt_token_ids=(1, 8, 7, 2, 7, 8), multi_modal_data={"image": ("a", "b"), "video": ("c", "d")})
+    inputs = expand_items(inputs, "image", 7, [2, 2])
+    inputs = expand_items(inputs, "video", 8, [(9, 9, 9, 5, 9, 9, 9), (9, 5)], row_token=9)
+    assert inputs.prompt_token_ids == (1, 9, 9, 9, 5, 9, 9, 9, 7, 7, 2, 7, 7, 9, 5)
+    assert [(span.offset, span.length) for span in inputs.placeholders["image"]] == [(8, 2), (11, 2)]
+    first, second = inputs.placeholders["video"]
+    assert (first.offset, first.length, first.num_rows) == (1, 7, 6)
+    assert first.row_tokens.tolist() == [1, 2, 3, 5, 6, 7]
+    assert (second.offset, second.length, second.row_tokens.tolist()) == (13, 2, [13])
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [1, -1]])

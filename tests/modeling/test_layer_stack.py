@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aphrodite_jax.modeling.layers.stack import call_layer
+from aphrodite_jax.modeling.layers.stack import call_layer, in_parts
 
 WIDTH = 8
 
@@ -54,3 +54,16 @@ def test_gradients_reach_every_layer():
     first, second = (np.asarray(layer.kernel[...]) for layer in layers)
     got = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(loss)(state))]
     chex.assert_trees_all_close(got, [second, first], rtol=1e-6)
+
+
+def test_items_a_few_at_a_time():
+    sizes = []
+
+    def double(x):
+        sizes.append(len(x))
+        return 2 * x[:, :1]
+
+    for count in (1, 4, 5, 8, 11):
+        x = jnp.arange(3 * count).reshape(count, 3)
+        np.testing.assert_array_equal(in_parts(double, x, 4), 2 * x[:, :1])
+    assert max(sizes) == 4

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +84,8 @@ def test_frames_are_spread_evenly_within_bounds():
     assert FrameSampling(num_frames=2).indices(9, 3).tolist() == [0, 4]
 
 
-def test_the_checkpoint_says_which_frames_are_taken(tmp_path):
+def test_the_checkpoint_says_which_frames_are_taken(llava, tmp_path):
+    shutil.copy(Path(llava) / "config.json", tmp_path)
     model_config = ModelConfig(model=tmp_path)
     assert frame_sampling(model_config) == FrameSampling()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"num_frames": 7, "size": {"height": 3}}))

@@ -1,16 +1,19 @@
-"""Layers of one structure, traced once.
+"""Layers of one structure, traced once; many items, a few at a time.
 
 A program of thirty equal layers is traced and lowered for one of them: inside another trace a jitted function is
 looked up by the structure and shapes of what it gets, and XLA inlines it wherever it is called.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
-__all__ = ["call_layer"]
+__all__ = ["call_layer", "in_parts"]
 
 
 def call_layer(layer: nnx.Module, *args: Any) -> Any:
@@ -25,3 +28,15 @@ def call_layer(layer: nnx.Module, *args: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _call(graphdef, state, args):
     return nnx.merge(graphdef, state)(*args)
+
+
+def in_parts(
+    function: Callable[[Float[Array, "..."]], Float[Array, "..."]], x: Float[Array, "items ..."], size: int
+) -> Float[Array, "items ..."]:
+    """``function`` of the items of ``x``, ``size`` of them at a time, so that it takes the memory of so many alone."""
+    whole = len(x) // size * size
+    if whole == 0 or len(x) == size:
+        return function(x)
+    made = jax.lax.map(function, x[:whole].reshape(-1, size, *x.shape[1:]))
+    made = made.reshape(whole, *made.shape[2:])
+    return made if whole == len(x) else jnp.concatenate([made, function(x[whole:])])

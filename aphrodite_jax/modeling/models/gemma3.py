@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -156,6 +157,13 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
     image = _image_with(ctx, max(possible_crops(ctx)))
     tokens = max_image_tokens(ctx) + 2 * len(words_of(ctx.model_config).newlines(2))
     return dummy_prompt(seq_len, "image", _config(ctx).boi_token_index, [image] * mm_counts["image"], tokens)
+
+
+def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Arrays of an image of each number of crops."""
+    vision = _config(ctx).vision_config
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    return [{"pixel_values": jax.ShapeDtypeStruct((1, 1 + crops, *shape), np.float32)} for crops in possible_crops(ctx)]
 
 
 def _image_with(ctx: InputContext, crops: int) -> Image.Image:
@@ -306,6 +314,7 @@ class Gemma3ForConditionalGeneration(LlavaForConditionalGeneration):
     """Gemma 3 with images."""
 
     traits = ("image spans that see themselves", "pooled tower", "pan and scan")
+    media_shapes = staticmethod(media_shapes)
 
     def _make_parts(self, config, **kw):
         self.vision_tower = SiglipVisionModel(config.vision_config, **kw)

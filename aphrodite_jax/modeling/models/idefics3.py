@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -214,13 +215,13 @@ def map_images(ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
     return MultiModalInputs.batch([MultiModalInputs({"pixel_values": tiles}) for tiles in pixels])
 
 
-def media_examples(config) -> dict[str, list[Image.Image]]:
-    """Images that are cut into each number of rows that a grid can have, however many tiles wide it is.
-
-    Their heights are the odd twelfths of their width: of a width in up to six equal parts, each holds one.
-    """
-    heights = range(1, 2 * MAX_TILES_A_SIDE, 2)
-    return {"image": [Image.new("RGB", (2 * MAX_TILES_A_SIDE, height)) for height in heights]}
+def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Arrays of an image of each number of tiles: one, or as many rows or columns as a side has, and the whole."""
+    tiles, channels = tiling(ctx), ctx.model_config.hf_config.vision_config.num_channels
+    most, _ = grid_of(tiles, (1, 1))
+    counts = [1, *(1 + most * others for others in range(1, most + 1))]
+    shape = (channels, tiles.tile_size, tiles.tile_size)
+    return [{"pixel_values": jax.ShapeDtypeStruct((1, count, *shape), np.float32)} for count in counts]
 
 
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
@@ -322,7 +323,7 @@ class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
         WeightRule(r"lm_head\.(.*)", r"language_model.lm_head.\1"),
         WeightRule(r"(language_model\..*)", r"\1"),  # files that we wrote
     )
-    media_examples = staticmethod(media_examples)
+    media_shapes = staticmethod(media_shapes)
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         for field in ("image_size", "patch_size"):

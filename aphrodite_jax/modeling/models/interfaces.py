@@ -10,7 +10,7 @@ import transformers
 from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.errors import RegistrationError
-from aphrodite_jax.inputs.data import PlacedItem
+from aphrodite_jax.inputs import InputContext, PlacedItem
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 
@@ -98,6 +98,8 @@ class SupportsMultiModal:
     """
 
     supports_multimodal: ClassVar[bool] = True
+    video_sampling: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `FrameSampling` for video files, where the checkpoint's own files and the user say nothing else."""
 
     def embed_multimodal(self, **mm_kwargs: jax.Array) -> Mapping[str, Sequence[Float[Array, "rows D"]]]:
         """Encode media: modality to one array of rows per item, in the order of the items.
@@ -116,13 +118,13 @@ class SupportsMultiModal:
         return dict(mm_kwargs)
 
     @staticmethod
-    def media_examples(config: transformers.PretrainedConfig) -> Mapping[str, Sequence[Any]]:
-        """Modality to items, as a user would give them, with one of each shape that `pad_media` gives.
+    def media_shapes(ctx: InputContext) -> Sequence[Mapping[str, jax.ShapeDtypeStruct]]:
+        """Arrays of one item by keyword, with an axis of one item first: one for each shape that `pad_media` gives.
 
-        Their programs are compiled before the first request. The items of the registered dummy data need not be among
-        them, and where they have the only shape, none is needed.
+        Their programs are compiled before the first request. Those of the registered dummy data need not be among
+        them, and where they are the only ones, none is needed.
         """
-        return {}
+        return ()
 
 
 class SupportsMRoPE:

@@ -153,7 +153,7 @@ class LlamaModel(nnx.Module):
         """Hidden states after the last norm from token embeddings ``[T, D]``, and the new caches."""
         lengths = metadata.lengths
         if lengths is None:
-            lengths = jnp.full_like(positions, len(positions))
+            lengths = jnp.full(positions.shape[-1:], positions.shape[-1], jnp.int32)
         tables = {
             mask: rotary_table(self.config, positions, lengths, parameters=parameters)
             for mask, parameters in self.rope_parameters.items()

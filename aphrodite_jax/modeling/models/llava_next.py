@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -49,12 +50,12 @@ def row_index(config, size: tuple[int, int]) -> Int[np.ndarray, " rows"]:
     rows, columns = grid_of(config, size)
     tiles = np.arange((1 + rows * columns) * side**2, dtype=np.int32).reshape(-1, side, side)
     whole, grid = tiles[0], tiles[1:].reshape(rows, columns, side, side).swapaxes(1, 2).reshape(rows * side, -1)
-    lines = _unpad(grid, size)
+    lines = unpad(grid, size)
     newline = np.full((len(lines), 1), tiles.size, np.int32)
     return np.concatenate([whole.reshape(-1), np.concatenate([lines, newline], axis=1).reshape(-1)])
 
 
-def _unpad(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def unpad(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The lines and columns of a grid of patches that an image of ``size`` covers, as Hugging Face rounds them."""
     height, width = size
     lines, columns = grid.shape
@@ -109,10 +110,21 @@ def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     return {**mm_kwargs, "row_index": np.pad(index, ((0, 0), (0, max(counts) - index.shape[1])))}
 
 
-def media_examples(config) -> dict[str, list[Image.Image]]:
-    """An image for each number of tiles."""
-    sizes = {math.prod(grid_of(config, size)): size for size in sizes_of_grids(config)}
-    return {"image": [Image.new("RGB", (width, height)) for height, width in sizes.values()]}
+def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Arrays of an image of each number of tiles."""
+    config = _config(ctx)
+    side, channels = config.vision_config.image_size, config.vision_config.num_channels
+    rows: dict[int, int] = {}
+    for size in sizes_of_grids(config):
+        tiles = 1 + math.prod(grid_of(config, size))
+        rows[tiles] = max(rows.get(tiles, 0), len(row_index(config, size)))
+    return [
+        {
+            "pixel_values": jax.ShapeDtypeStruct((1, tiles, channels, side, side), np.float32),
+            "row_index": jax.ShapeDtypeStruct((1, count), np.int32),
+        }
+        for tiles, count in rows.items()
+    ]
 
 
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
@@ -156,7 +168,7 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
         *LlavaForConditionalGeneration.weight_rules,
     )
     pad_media = staticmethod(pad_media)
-    media_examples = staticmethod(media_examples)
+    media_shapes = staticmethod(media_shapes)
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         if config.vision_feature_select_strategy != "default":

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -212,17 +213,23 @@ def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
-def media_examples(config) -> dict[str, list[Image.Image]]:
-    """For each of `padded_rows` the image that is padded to it and has the shortest longer side.
-
-    A processor of any smaller size leaves it as it is, if it has images of so many rows at all.
-    """
-    side, images, fewer = row_side(config), [], 0
-    for rows in padded_rows(config):
-        lines = next(n for n in range(1, rows + 1) if n * min(n, rows // n) > fewer)
-        columns, fewer = min(lines, rows // lines), rows
-        images.append(Image.new("RGB", ((columns - 1) * side + 1, (lines - 1) * side + 1)))
-    return {"image": images}
+def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Arrays of an image of each of `padded_rows` that the processor's size allows."""
+    config: Any = ctx.get_hf_config()
+    vision, square = config.vision_config, merge_size(config) ** 2
+    most = math.prod(grid_of(ctx, largest_size(ctx)))
+    counts = padded_rows(config)
+    fitting = [rows for rows, fewer in zip(counts, (0, *counts[:-1]), strict=True) if fewer < most]
+    return [
+        {
+            "pixel_values": jax.ShapeDtypeStruct(
+                (1, rows * square, vision.num_channels * vision.patch_size**2), np.float32
+            ),
+            "patch_positions": jax.ShapeDtypeStruct((1, rows * square, 2), np.int32),
+            "kv_stop": jax.ShapeDtypeStruct((1, rows * square), np.int32),
+        }
+        for rows in fitting
+    ]
 
 
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
@@ -248,7 +255,7 @@ def expand_images(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
 # The model.
 
 
-def axial_rotary_table(config, positions: Int[Array, "T 2"]) -> RotaryTable:
+def axial_rotary_table(config, positions: Int[Array, "B T 2"]) -> RotaryTable:
     """Angles of patches at ``positions`` (line, column): of the frequencies every other is the line's, from the first.
 
     Hugging Face's axial kind, equal to ``PixtralVisionRotaryEmbedding``.
@@ -258,7 +265,7 @@ def axial_rotary_table(config, positions: Int[Array, "T 2"]) -> RotaryTable:
     frequencies = (1.0 / config.rope_parameters["rope_theta"] ** exponents).astype(np.float32)
     axes = (frequencies[0::2], frequencies[1::2])
     places = positions.astype(jnp.float32)
-    angles = jnp.concatenate([places[:, i : i + 1] * axis[None] for i, axis in enumerate(axes)], axis=1)
+    angles = jnp.concatenate([places[..., i, None] * axis[None, None] for i, axis in enumerate(axes)], axis=-1)
     return RotaryTable(jnp.cos(angles), jnp.sin(angles))
 
 
@@ -274,14 +281,12 @@ class PixtralAttention(nnx.Module):
         self.o_proj = nnx.Linear(width, width, **kw)
 
     def __call__(self, x: Float[Array, "B T D"], rotary: RotaryTable, intervals: RowIntervals) -> Float[Array, "B T D"]:
-        """Attention within each image; ``rotary`` has the rows of all images, ``B * T``."""
+        """Attention within each image."""
         B, T, D = x.shape
         q, k, v = (
-            projection(x).reshape(B * T, self.num_heads, -1)  # [rows, N, H]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).reshape(B, T, self.num_heads, -1) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        q, k, v = (rows.reshape(B, T, self.num_heads, -1) for rows in (q, k, v))
         return self.o_proj(attend_batch(q, k, v, intervals).reshape(B, T, D))
 
 
@@ -342,7 +347,7 @@ class PixtralVisionModel(nnx.Module):
         """Hidden states of the tower at ``layers``; the arrays are those of `patches_of`."""
         kernel = self.patch_conv.kernel[...]
         x = self.ln_pre(pixel_values.astype(kernel.dtype) @ kernel)
-        rotary = axial_rotary_table(self.config, patch_positions.reshape(-1, 2))
+        rotary = axial_rotary_table(self.config, patch_positions)
         return self.transformer(x, rotary, RowIntervals(jnp.zeros_like(kv_stop), kv_stop), layers)
 
 
@@ -362,7 +367,7 @@ class PixtralForConditionalGeneration(LlavaForConditionalGeneration):
     )
     projector_class: Any = LlavaMultiModalProjector
     pad_media = staticmethod(pad_media)
-    media_examples = staticmethod(media_examples)
+    media_shapes = staticmethod(media_shapes)
 
     def _make_parts(self, config, **kw):
         _check_config(config)

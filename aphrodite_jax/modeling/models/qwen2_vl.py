@@ -41,7 +41,6 @@ from aphrodite_jax.inputs import (
     InputContext,
     LLMInputs,
     PlacedItem,
-    PlaceholderRange,
     expand_items,
 )
 from aphrodite_jax.inputs.placeholders import Tokens
@@ -56,8 +55,7 @@ from aphrodite_jax.modeling.models.qwen2 import Qwen2ForCausalLM
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, Video, embedding_rows
 from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
-from aphrodite_jax.multimodal.video import _processor_options as video_processor_options
-from aphrodite_jax.multimodal.video import frame_sampling
+from aphrodite_jax.multimodal.video import frame_sampling, video_processor_options
 from kernels_pallas.intervals import RowIntervals, runs, segments
 
 __all__ = [
@@ -403,28 +401,6 @@ def _steps(fewest: int, most: int) -> list[int]:
     return steps
 
 
-def media_examples(config) -> dict[str, list[Any]]:
-    """Images and videos of these shapes, by the checkpoint's own options.
-
-    Those are missing that only narrow images, or large videos of an odd number of frames, have.
-    """
-    ctx = InputContext(ModelConfig(model=config.name_or_path))
-    limits, side = video_limits(ctx.model_config), image_limits(ctx).side
-    model: Any = model_class(ctx.model_config)
-    images, videos = [], []
-    for rows in _steps(1, max_image_tokens(ctx)):
-        lines, columns = square_grid(rows)
-        images.append(Image.new("RGB", (columns * side, lines * side)))
-    largest = model.frame_limits(limits, limits.layer)
-    of_frame = max(1, largest.most // (largest.num_frames * side**2))
-    for rows in _steps(1, max_video_tokens(ctx)):
-        layers = -(-rows // of_frame)
-        lines, columns = square_grid(rows // layers)
-        frame = np.zeros((1, lines * side, columns * side, 3), np.uint8)
-        videos.append(Video(frames=np.broadcast_to(frame, (layers * limits.layer, *frame.shape[1:]))))
-    return {"image": images, "video": videos}
-
-
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
     """As many of the largest images as allowed, videos in the room that they leave, then padding to ``seq_len``.
 
@@ -545,22 +521,8 @@ def expand_media(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
                 f"{modality} embeddings can't be taken: its rows' positions need lines and columns, which "
                 f"embeddings do not tell; give the {modality} itself"
             )
-        before = inputs.placeholders
         inputs = expand_items(inputs, modality, token, [tokens_of(ctx, item) for item in items])
-        grown = inputs.placeholders.get(modality, ())
-        moved = {other: _behind(ranges, grown) for other, ranges in before.items()}
-        inputs = dataclasses.replace(inputs, placeholders={**inputs.placeholders, **moved})
     return inputs
-
-
-def _behind(ranges: Sequence[PlaceholderRange], grown: Sequence[PlaceholderRange]) -> tuple[PlaceholderRange, ...]:
-    """Ranges of a prompt in which one token each has since become the ``grown`` ones."""
-    added = np.cumsum([0, *(span.length - 1 for span in grown)])
-    places = [span.offset - before for span, before in zip(grown, added, strict=False)]
-    return tuple(
-        dataclasses.replace(span, offset=span.offset + int(added[np.searchsorted(places, span.offset)]))
-        for span in ranges
-    )
 
 
 def _tokens_of_image(ctx: InputContext, image: Image.Image) -> Tokens:
@@ -833,7 +795,7 @@ class Qwen2VLForConditionalGeneration(Qwen2ForCausalLM, SupportsMultiModal, Supp
         WeightRule(r"((?:model|lm_head)\..*)", r"\1"),
     )
     pad_media = staticmethod(pad_media)
-    media_examples = staticmethod(media_examples)
+    media_shapes = staticmethod(media_shapes)
     prompt_positions = staticmethod(prompt_positions)
 
     tower_class: ClassVar[type] = Qwen2VLVisionTower
