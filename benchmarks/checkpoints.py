@@ -77,7 +77,9 @@ def checkpoint(name: str, directory: Path = DIRECTORY) -> Path:
 def write_small(directory: Path) -> None:
     """Random weights, and a tokenizer with a token for each byte."""
     config = llava_config(SMALL_TEXT, image_token_id=SPECIALS.index(IMAGE_TOKEN))
-    tests_checkpoints.write_tensors(directory, tests_checkpoints.weights(config, 0, tests_checkpoints.hub_shapes(config)))
+    tests_checkpoints.write_tensors(
+        directory, tests_checkpoints.weights(config, 0, tests_checkpoints.hub_shapes(config))
+    )
     write_files(directory, config, byte_tokenizer(SMALL_TEXT["vocab_size"]))
 
 
