@@ -162,7 +162,8 @@ class EngineConfig:
       memory_fraction: share of an accelerator's memory that may be used in all.
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
-      max_encode_items: media items of one shape that are encoded together at most: fewer take less memory.
+      max_encode_items: media items of one shape that are encoded together at most, and never more than 4096 rows of
+        several: fewer take less memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.

@@ -16,6 +16,7 @@ ENGINE = EXECUTOR | {"engine"}
 LLM = ENGINE | {"llm"}
 BATCH = LLM | {"batch"}
 CLI = BATCH | {"cli", "aphrodite_jax"}
+TESTING = ENGINE | {"testing"}
 
 MAY_IMPORT = {
     "errors": set(),
@@ -34,6 +35,8 @@ MAY_IMPORT = {
     "llm": LLM,
     "batch": BATCH,
     "cli": CLI,
+    "testing": TESTING,
+    "pytest_plugin": TESTING,
     "__main__": CLI,
 }
 """Room to the rooms that its modules may import."""

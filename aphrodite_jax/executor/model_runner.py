@@ -51,6 +51,8 @@ RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]
 
 PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
+MAX_ENCODE_ROWS = 4096
+"""Rows of media that are encoded together at most; one item may have more."""
 MAX_DECODE_STEPS = 8
 """Tokens of each request in one decode program at most."""
 
@@ -115,7 +117,7 @@ class ModelRunner:
         ]
         jobs += [self._forward_job(self._dummy_batch(*shape)) for shape in self.buckets.shapes()]
         jobs += [self._decode_job(*self._decode_arrays((), (), (), ()), 1, n) for n in self.buckets.greedy_requests]
-        jobs += [self._encode_job_of(shapes, n) for shapes in self._media_shapes for n in self.buckets.encode_items]
+        jobs += [self._encode_job_of(shapes, n) for shapes in self._media_shapes for n in self._encode_counts(shapes)]
         if self._multimodal:
             jobs += [
                 self._store_job(np.zeros((rows, self._width), self._dtype), np.zeros(rows, np.int32))
@@ -142,7 +144,7 @@ class ModelRunner:
 
     # Steps.
 
-    def rows_per_item(self, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    def rows_per_item(self, mm_kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Rows that the model would make of each item, by modality: shapes alone, nothing runs."""
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(mm_kwargs.items()))
         return self._rows_of_shapes(shapes)
@@ -154,7 +156,7 @@ class ModelRunner:
         """
         begin = 0
         while begin < len(items):  # in parts that fill their buckets: a tower's work on nothing costs more than a call
-            count = round_down(len(items) - begin, self.buckets.encode_items)
+            count = round_down(len(items) - begin, self._encode_counts(items[0]))
             part = items[begin : begin + count]
             arrays = {name: np.concatenate([item[name] for item in part]) for name in part[0]}
             job = self._encode_job(arrays, count, rows[begin : begin + count])
@@ -320,6 +322,11 @@ class ModelRunner:
         args = (self._params, self._encoder_cache, dict(arrays), targets)
         return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
 
+    def _encode_counts(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
+        """How many items of such a shape may be encoded together; ``arrays`` are those of one."""
+        rows = sum(sum(counts) for counts in self.rows_per_item(arrays).values())
+        return tuple(n for n in self.buckets.encode_items if n == 1 or n * rows <= MAX_ENCODE_ROWS)
+
     def _encode_job_of(self, shapes: MediaShapes, count: int) -> CompileJob:
         return self._encode_job(
             {name: self._shape((count, *x.shape[1:]), x.dtype) for name, x in shapes.items()}, count
@@ -452,7 +459,7 @@ class ModelRunner:
         if self._limit is not None and engine_config.kv_cache_memory is None:
             largest = self._dummy_batch(*self.buckets.shape(self.num_slots, self.buckets.prefill_tokens[-1]))
             jobs = [self._forward_job(largest)]
-            jobs += [self._encode_job_of(shapes, self.buckets.encode_items[-1]) for shapes in self._media_shapes]
+            jobs += [self._encode_job_of(shapes, self._encode_counts(shapes)[-1]) for shapes in self._media_shapes]
             self.programs.compile(jobs, show_progress=False)
             used = _nbytes(self._params) + self._encoder_cache.nbytes
             # They run one after the other: there must be room for the hungrier one.

@@ -68,6 +68,14 @@ class InputRegistry:
         """As that of ``MULTIMODAL_REGISTRY``, which stores it."""
         return self._mm_registry.register_max_audio_tokens(max_tokens)
 
+    def has_input_processor(self, model_cls: type) -> bool:
+        """Whether one is registered on ``model_cls`` or one of its bases."""
+        return model_cls in self._processors
+
+    def has_dummy_data(self, model_cls: type) -> bool:
+        """Whether a function is registered on ``model_cls`` or one of its bases."""
+        return model_cls in self._dummy_data
+
     def process_input(self, model_config: ModelConfig, inputs: LLMInputs) -> LLMInputs:
         """Open the media of a prompt and let the model's input processor expand their placeholders.
 

@@ -111,6 +111,10 @@ class MultiModalRegistry:
         """Modalities that ``model_cls`` takes, in the order in which the plugins were registered."""
         return tuple(modality for modality, mappers in self._mappers.items() if model_cls in mappers)
 
+    def has_bound(self, model_cls: type, modality: str) -> bool:
+        """Whether a bound of tokens is registered for ``modality`` on ``model_cls`` or one of its bases."""
+        return model_cls in self._max_tokens[modality]
+
     def get_mm_limits(self, model_config: ModelConfig) -> Mapping[str, int]:
         """Most items of one prompt for each modality that the model takes.
 
@@ -213,6 +217,16 @@ class MultiModalRegistry:
                     )
                 arrays[keyword], origin[keyword] = value, modality
         return MultiModalInputs(arrays)
+
+    def mapper(self, model_config: ModelConfig, modality: str) -> InputMapper:
+        """The function that maps items of ``modality`` for the model.
+
+        Raises:
+          RequestError: the model takes text alone.
+          RegistrationError: it has no mapper for this modality.
+        """
+        self._plugin(modality, RequestError)
+        return self._mapper(model_config, modality)
 
     # Inside.
 

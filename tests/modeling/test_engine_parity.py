@@ -46,6 +46,9 @@ def check_answer(output, prompt):
     assert output.prompt_token_ids == tuple(prompt.input_ids.tolist())
     assert output.outputs[0].token_ids == tuple(prompt.tokens.tolist())
     assert output.outputs[0].finish_reason == "length"
+    told = [info.modality for info in output.media]
+    assert sorted(told) == ["image"] * len(prompt.images) + ["video"] * len(prompt.videos)
+    assert all(info.num_rows <= info.num_tokens for info in output.media)
 
 
 def check_prompt_logprobs(output, prompt):
