@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection(session: pytest.Session):
     """Put a check of each model before the other tests."""
     yield
-    targets = session.config.getoption("--aphrodite-model")
+    targets = session.config.getoption("--aphrodite-model") or ()
     checks = [ModelCheck.from_parent(session, name=f"conformance of {target}", target=target) for target in targets]
     session.items[:0] = checks
     session.testscollected = len(session.items)

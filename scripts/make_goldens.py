@@ -103,7 +103,7 @@ def load_reference(directory: Path) -> torch.nn.Module:
 def run_reference(directory: Path, case: Case, prompt: dict) -> dict[str, np.ndarray]:
     """Expanded ids, prefill logits ``[T, V]``, greedy tokens, and the least margin of a greedy choice.
 
-    The model is loaded anew for each prompt: some rope scalings keep state from one call to the next.
+    The model is loaded anew for each prompt, and for each call where a rope scaling keeps state from one to the next.
     """
     expanded, keywords = case.reference_inputs(
         directory, prompt["prompt"].tolist(), list(prompt["images"]), list(prompt["videos"])
@@ -111,7 +111,8 @@ def run_reference(directory: Path, case: Case, prompt: dict) -> dict[str, np.nda
     model = load_reference(directory)
     ids = torch.tensor([expanded], dtype=torch.long)
     logits = model(input_ids=ids, **keywords).logits[0].float().numpy()
-    model = load_reference(directory)
+    if case.config.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
+        model = load_reference(directory)
     generation_config = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=NUM_GREEDY,

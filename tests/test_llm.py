@@ -101,6 +101,7 @@ def is_idle(llm):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.once
 def test_batched_is_single(llm, params):
     """Whatever else is in the batch, a request has its own answer, in its own place."""
     batched = generate(llm, MIXED, params)

@@ -1,8 +1,9 @@
 """`check_multimodal_model`: whether a model class keeps to all that its registration promises."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import transformers
 from hypothesis.strategies import SearchStrategy
 
@@ -10,6 +11,9 @@ from aphrodite_jax.testing.clauses import GROUPS, Broken, missing_registrations
 from aphrodite_jax.testing.subject import open_subject
 
 __all__ = ["Broken", "ConformanceError", "check_multimodal_model"]
+
+
+Reference = Callable[[str, np.ndarray, dict[str, Any]], np.ndarray]
 
 
 class ConformanceError(AssertionError):
@@ -29,7 +33,7 @@ def check_multimodal_model(
     placeholders: Mapping[str, int] | None = None,
     files: Mapping[str, Any] | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
-    reference: type | None = None,
+    reference: Reference | None = None,
     max_examples: int = 20,
 ) -> None:
     """Ask every clause of `aphrodite_jax.testing.clauses`, on CPU, with random weights.
@@ -42,7 +46,8 @@ def check_multimodal_model(
         ``image_token_id`` or ``image_token_index``.
       files: JSON files of the checkpoint by name, ``preprocessor_config.json`` for one.
       tokenizer: of the checkpoint; one of bytes is the usual.
-      reference: Hugging Face's class of the same model, whose logits must be equal.
+      reference: another implementation, whose logits must be equal: ``(directory, token_ids [T], arrays)`` to float32
+        ``[T, V]``, with the checkpoint's directory, the processed tokens and the mapper's arrays of all items.
       max_examples: that a clause tries at most.
 
     Raises:

@@ -182,15 +182,15 @@ def open_subject(
             limits = {modality: LIMIT for modality in modalities}
             model_config = ModelConfig(model=directory, dtype="float32", limit_mm_per_prompt=limits)
             usual = {"image": images(), "video": videos()}
-            items = {name: (strategies or {}).get(name, usual.get(name)) for name in modalities}
-            if missing := [name for name, strategy in items.items() if strategy is None]:
+            known = usual | dict(strategies or {})
+            if missing := [name for name in modalities if name not in known]:
                 raise ConfigError(f"give a strategy for {', '.join(missing)}: strategies={{{missing[0]!r}: ...}}")
             yield Subject(
                 model_cls=model_cls,
                 hf_config=model_config.hf_config,
                 model_config=model_config,
                 model=model,
-                items=items,
+                items={name: known[name] for name in modalities},
                 placeholders={name: _placeholder(hf_config, name, placeholders or {}) for name in modalities},
                 max_examples=max_examples,
                 reference=reference,

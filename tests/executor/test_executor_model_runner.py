@@ -83,6 +83,7 @@ def rows(tokens, begin, end, pages, slot=-1, whole=None):
     )
 
 
+@pytest.mark.once
 def test_ragged_prefill_then_decode_equals_one_plain_call(model, runner):
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 96, n).astype(np.int32) for n in (37, 9))

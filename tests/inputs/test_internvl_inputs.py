@@ -251,18 +251,6 @@ def llm(directory):
         )
 
 
-def test_nothing_compiles_after_warm_up_for_any_size(llm):
-    image_sizes = [(28, 28), (28, 56), (100, 90), (7, 200)]
-    media = [{"image": picture(size)} for size in image_sizes] + [{"video": video(frames)} for frames in (1, 3)]
-    prompts = [
-        {"prompt": f"w5 {'<image>' if 'image' in items else '<video>'} w6", "multi_modal_data": items}
-        for items in media
-    ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), on_error="raise", use_tqdm=False)
-    lengths = [len(output.prompt_token_ids) - 2 for output in outputs]
-    assert lengths == [ROWS * tiles + 2 for tiles in (1, 3, 1, 3)] + [ROWS + 3, 3 * (ROWS + 3) + 2]
-
-
 def test_a_video_before_an_image(llm, model_config):
     """Their rows stand for one token: the engine puts each item's where its tokens are."""
     frames, image = checkpoints.video_of((2, 30, 40), 1), checkpoints.images(1, 2)[0]

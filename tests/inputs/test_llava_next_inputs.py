@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from media_shapes import declared_shapes, padded_shapes
 from PIL import Image
 
-from aphrodite_jax import LLM, ModelConfig, SamplingParams
+from aphrodite_jax import ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.modeling.loader.load import abstract_model
 from aphrodite_jax.modeling.models import llava_next
@@ -98,23 +98,3 @@ def test_a_tower_without_a_class_token_is_refused():
     config = transformers.LlavaNextConfig.from_dict(config)
     with pytest.raises(ConfigError, match="over a siglip_vision_model is not supported"):
         abstract_model(llava_next.LlavaNextForConditionalGeneration, config, jnp.float32)
-
-
-def test_nothing_compiles_after_warm_up_for_any_size(directory):
-    llm = LLM(
-        directory,
-        max_num_seqs=2,
-        max_model_len=256,
-        max_num_batched_tokens=64,
-        on_recompile="raise",
-        show_progress=False,
-    )
-    sizes = [(28, 56), (84, 28), (56, 56), (7, 200), (100, 90)]
-    prompts = [
-        {"prompt": "w5 <image> w6", "multi_modal_data": {"image": Image.new("RGB", (width, height))}}
-        for height, width in sizes
-    ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), on_error="raise", use_tqdm=False)
-    lengths = [len(llava_next.row_index(llm.model_config.hf_config, size)) for size in sizes]
-    assert [len(output.prompt_token_ids) - 2 for output in outputs] == lengths
-    assert len(set(lengths)) == 4

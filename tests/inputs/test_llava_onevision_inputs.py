@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from media_shapes import declared_shapes, padded_shapes
 from PIL import Image
 
-from aphrodite_jax import LLM, ModelConfig, SamplingParams
+from aphrodite_jax import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.loader import load_model
@@ -232,38 +232,6 @@ def test_padding_does_not_change_an_item_s_rows(model_config):
         assert len(more) > len(rows)
         np.testing.assert_allclose(more[: len(rows)], rows, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(rows[-1], model.image_newline[...])
-
-
-def test_nothing_compiles_after_warm_up_for_any_size(directory, monkeypatch):
-    monkeypatch.setattr(llava_onevision, "MAX_FRAMES", 8)  # one shape of videos
-    pinpoints = [[TILE, TILE], [2 * TILE, TILE]]
-    llm = LLM(
-        directory,
-        hf_overrides={"image_grid_pinpoints": pinpoints},
-        mm_processor_kwargs={"image_grid_pinpoints": pinpoints},
-        max_num_seqs=1,
-        max_model_len=128,
-        max_num_batched_tokens=64,
-        max_encode_items=1,
-        on_recompile="raise",
-        show_progress=False,
-    )
-    image_sizes = [(35, 35), (60, 30), (9, 300), (300, 200)]
-    media = [{"image": picture(size)} for size in image_sizes]
-    media += [{"video": video(1)}, {"video": video(3), "image": picture((20, 20))}]
-    prompts = [
-        {
-            "prompt": " ".join(["w5", *(f"<{modality}>" for modality in items), "w6"]),
-            "multi_modal_data": items,
-        }
-        for items in media
-    ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), on_error="raise", use_tqdm=False)
-    lengths = [len(output.prompt_token_ids) - 2 for output in outputs]
-    config = llm.model_config.hf_config
-    assert lengths[:4] == [llava_onevision.num_image_tokens(config, size) for size in image_sizes]
-    assert len(set(lengths[:4])) == 4
-    assert lengths[4:] == [FRAME_ROWS + 1, 3 * FRAME_ROWS + 1 + SIDE**2 + SIDE * (SIDE + 1)]
 
 
 # What is refused.

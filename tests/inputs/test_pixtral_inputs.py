@@ -18,7 +18,7 @@ from media_shapes import declared_shapes, padded_shapes
 from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 
-from aphrodite_jax import LLM, ModelConfig, SamplingParams
+from aphrodite_jax import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.loader import load_model
@@ -204,27 +204,6 @@ def test_images_of_one_size_and_of_several_are_encoded_as_one_by_one(directory):
     for one, other in zip(encode(params, together), apart, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-5)
     assert np.abs(apart[0] - apart[1]).max() > 0.1
-
-
-def test_nothing_compiles_after_warm_up_for_any_size(mistral3_directory):
-    llm = LLM(
-        mistral3_directory,
-        max_num_seqs=1,
-        max_model_len=64,
-        max_num_batched_tokens=64,
-        mm_processor_kwargs={"size": {"longest_edge": 55}},
-        on_recompile="raise",
-        show_progress=False,
-    )
-    sizes = [(55, 55), (10, 10), (60, 39), (9, 200), (30, 51)]
-    prompts = [
-        {"prompt": "w5 <image> w6", "multi_modal_data": {"image": picture(height, width)}} for height, width in sizes
-    ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=2), on_error="raise", use_tqdm=False)
-    grids = [pixtral.grid_of(InputContext(llm.model_config), size) for size in sizes]
-    assert [len(output.prompt_token_ids) - 2 for output in outputs] == [lines * (n + 1) for lines, n in grids]
-    rows = pixtral.padded_rows(llm.model_config.hf_config)
-    assert {next(count for count in rows if count >= lines * n) for lines, n in grids} == {16, 24, 48}
 
 
 # What is refused.

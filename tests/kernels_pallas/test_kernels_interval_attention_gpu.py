@@ -14,6 +14,8 @@ from kernels_cases import COMPILE_FAST, ON_GPU
 from kernels_pallas import interval_attention, intervals
 from kernels_pallas.interval_attention import pallas_gpu
 
+pytestmark = pytest.mark.once
+
 SMALL = pallas_gpu.Blocks(rows=16, keys=16, warps=4, stages=1)
 """Many blocks in short sequences."""
 

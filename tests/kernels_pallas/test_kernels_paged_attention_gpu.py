@@ -17,6 +17,8 @@ from kernels_pallas import interval_attention, intervals
 from kernels_pallas.intervals import RowIntervals
 from kernels_pallas.paged_attention import pallas_gpu
 
+pytestmark = pytest.mark.once
+
 TILE_ROWS = 16
 
 paged_attention = jax.jit(

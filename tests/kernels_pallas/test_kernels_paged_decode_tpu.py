@@ -17,6 +17,8 @@ from kernels_pallas.paged_attention import pallas_tpu_decode
 from kernels_pallas.paged_attention.pallas_tpu_decode import decode
 from kernels_pallas.pages import page_width
 
+pytestmark = pytest.mark.once
+
 attend = jax.jit(decode, static_argnames=("scale", "soft_cap", "interpret"))
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

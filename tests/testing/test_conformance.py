@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 from right_model import Strips, tiny_config
 
@@ -14,6 +15,14 @@ OPTIONS = {"strategies": {"image": images(most=150)}, "max_examples": 10}
 
 def test_a_right_model_passes():
     check_multimodal_model(Strips, tiny_config(), **OPTIONS)
+
+
+def test_another_reference_is_told():
+    def other(directory, token_ids, arrays):
+        return np.zeros((len(token_ids), 300), np.float32)
+
+    with pytest.raises(ConformanceError, match=r"logits differ from the reference's by"):
+        check_multimodal_model(Strips, tiny_config(), reference=other, **OPTIONS)
 
 
 @pytest.mark.once
