@@ -21,6 +21,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_collection_modifyitems(items):
+    """Kernels are marked as such; most of what is compiled for TPUs and GPUs is compiled under one version of jax."""
+    for item in items:
+        if item.path.parent.name == "kernels_pallas":
+            item.add_marker(pytest.mark.kernels)
+            if "compiles" in item.name and not any(word in item.name for word in ("v6e", "sizes", "mesh")):
+                item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture(autouse=True)
 def own_architectures(monkeypatch):
     """What a test registers is gone after it."""

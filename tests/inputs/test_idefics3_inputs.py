@@ -13,7 +13,7 @@ import transformers
 from flax import nnx
 from golden_files import read_golden
 from hypothesis import strategies as st
-from media_shapes import declared_shapes, padded_shapes
+from media_inputs import declared_shapes, padded_shapes
 from PIL import Image
 
 from aphrodite_jax import LLM, ModelConfig, SamplingParams

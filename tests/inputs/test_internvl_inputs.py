@@ -13,8 +13,7 @@ import transformers
 from flax import nnx
 from golden_files import read_golden
 from hypothesis import strategies as st
-from media_shapes import declared_shapes, padded_shapes
-from PIL import Image
+from media_inputs import declared_shapes, mapped, padded_shapes, picture, processed, video
 
 from aphrodite_jax import LLM, ModelConfig, SamplingParams
 from aphrodite_jax.errors import ConfigError, MediaError, PlaceholderError
@@ -22,7 +21,7 @@ from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, LLMInputs
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.modeling.models import internvl
-from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
+from aphrodite_jax.multimodal import InputContext
 from kernels_pallas.intervals import causal
 
 GOLDEN = read_golden("internvl")  # of five tiles at most, beside the whole
@@ -30,6 +29,8 @@ TILE, ROWS = 28, 4
 IMAGE = checkpoints.IMAGE_TOKEN
 SPECIAL = GOLDEN.described["special_tokens"]
 START, END, VIDEO, NEWLINE, FRAME = (SPECIAL[name] for name in ("<img>", "</img>", "<video>", "\n", "Frame1:"))
+
+PLACEHOLDERS = {"i": IMAGE, "v": VIDEO}
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +41,6 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_config(directory):
     return ModelConfig(model=directory, limit_mm_per_prompt={"image": 2, "video": 2})
-
-
-def picture(size):
-    height, width = size
-    return Image.new("RGB", (width, height))
-
-
-def video(frames, height=20, width=30):
-    return np.zeros((frames, height, width, 3), np.uint8)
-
-
-def processed(model_config, text, images=(), videos=()):
-    tokens = {"i": IMAGE, "v": VIDEO}
-    media = {"image": list(images), "video": list(videos)}
-    return INPUT_REGISTRY.process_input(
-        model_config,
-        LLMInputs(
-            prompt_token_ids=[tokens.get(letter, 5) for letter in text],
-            multi_modal_data={modality: items for modality, items in media.items() if items},
-        ),
-    )
-
-
-def mapped(model_config, modality, item):
-    [item] = MULTIMODAL_REGISTRY.open_items(model_config, modality, [item])
-    return dict(MULTIMODAL_REGISTRY.map_items(model_config, modality, [item]))
 
 
 sides = st.one_of(st.integers(1, 300), st.sampled_from([TILE, 2 * TILE, 3 * TILE, 2000]))
@@ -87,7 +62,7 @@ def test_images_become_the_tokens_of_hugging_face_s_processor(directory, model_c
     images = list(map(picture, image_sizes))
     features = image_processor(images, crop_to_patches=True)
     texts = [transformers.InternVLProcessor.replace_image_token(processor, features, i) for i in range(len(images))]
-    inputs = processed(model_config, "t" + "i" * len(images) + "t", images)
+    inputs = processed(model_config, PLACEHOLDERS, "t" + "i" * len(images) + "t", images)
     assert list(inputs.prompt_token_ids) == tokenizer(" ".join(["w5", *texts, "w5"]))["input_ids"]
     for place, image in zip(inputs.placeholders["image"], images, strict=True):
         assert place.num_rows == mapped(model_config, "image", image)["pixel_values"].shape[1] * ROWS
@@ -98,14 +73,14 @@ def test_images_become_the_tokens_of_hugging_face_s_processor(directory, model_c
 
 def test_images_that_are_not_cut(directory):
     model_config = ModelConfig(model=directory, mm_processor_kwargs={"crop_to_patches": False})
-    [place] = processed(model_config, "i", [picture((28, 140))]).placeholders["image"]
+    [place] = processed(model_config, PLACEHOLDERS, "i", [picture((28, 140))]).placeholders["image"]
     assert place.num_rows == ROWS
     assert mapped(model_config, "image", picture((28, 140)))["pixel_values"].shape == (1, 1, 3, TILE, TILE)
     assert internvl.max_image_tokens(InputContext(model_config)) == ROWS + 2
 
 
 def test_the_frames_of_a_video_are_named(model_config):
-    inputs = processed(model_config, "tv", videos=[video(2)])
+    inputs = processed(model_config, PLACEHOLDERS, "tv", videos=[video(2)])
     rows = [START, *[IMAGE] * ROWS, END]
     assert list(inputs.prompt_token_ids) == [5, FRAME, *rows, NEWLINE, FRAME + 1, *rows]
     [place] = inputs.placeholders["video"]
@@ -127,13 +102,13 @@ def test_frames_are_scaled_as_the_video_processor_s_file_says(model_config):
 def test_images_and_videos_in_any_order(model_config, order):
     images = [picture((28, 28 * (1 + index))) for index in range(order.count("i"))]
     videos = [video(1 + index) for index in range(order.count("v"))]
-    inputs = processed(model_config, f"t{order}t", images, videos)
+    inputs = processed(model_config, PLACEHOLDERS, f"t{order}t", images, videos)
     alone = {"i": iter(images), "v": iter(videos)}
     expected, places = [5], {"i": [], "v": []}
     for letter in order:
         if letter in alone:
             item = [next(alone[letter])]
-            one = processed(model_config, letter, **{"images" if letter == "i" else "videos": item})
+            one = processed(model_config, PLACEHOLDERS, letter, **{"images" if letter == "i" else "videos": item})
             places[letter].append((len(expected), len(one.prompt_token_ids)))
             expected += one.prompt_token_ids
         else:
@@ -147,12 +122,12 @@ def test_images_and_videos_in_any_order(model_config, order):
 
 def test_rows_computed_beforehand(model_config):
     image, frames = np.zeros((7, 64), np.float32), np.zeros((2 * ROWS, 64), np.float32)
-    inputs = processed(model_config, "iv", [image], [frames])
+    inputs = processed(model_config, PLACEHOLDERS, "iv", [image], [frames])
     assert [place.num_rows for place in inputs.placeholders["image"]] == [7]
     assert inputs.prompt_token_ids[7 + 2] == FRAME
     assert [place.num_rows for place in inputs.placeholders["video"]] == [2 * ROWS]
     with pytest.raises(MediaError, match="video embeddings have 4 rows a frame for this model, got 7"):
-        processed(model_config, "v", videos=[image])
+        processed(model_config, PLACEHOLDERS, "v", videos=[image])
 
 
 def test_a_tokenizer_that_does_not_name_its_tokens_has_the_usual_ones(tmp_path, directory):
@@ -164,7 +139,7 @@ def test_a_tokenizer_that_does_not_name_its_tokens_has_the_usual_ones(tmp_path, 
 
 def test_a_placeholder_without_its_item(model_config):
     with pytest.raises(PlaceholderError, match=rf"1 placeholders \(token {VIDEO}\) for 0 items"):
-        processed(model_config, "iv", [picture((28, 28))])
+        processed(model_config, PLACEHOLDERS, "iv", [picture((28, 28))])
 
 
 # Bounds and shapes.
@@ -294,14 +269,14 @@ def test_too_many_frames(model_config):
 )
 def test_options_of_the_processor_that_do_not_go_with_the_model(directory, options, message):
     with pytest.raises(ConfigError, match=message):
-        processed(ModelConfig(model=directory, mm_processor_kwargs=options), "i", [picture((30, 30))])
+        processed(ModelConfig(model=directory, mm_processor_kwargs=options), PLACEHOLDERS, "i", [picture((30, 30))])
 
 
 def test_another_image_processor_is_refused(tmp_path):
     directory = GOLDEN.write_checkpoint(tmp_path)
     (directory / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "SiglipImageProcessor"}))
     with pytest.raises(ConfigError, match=r"SiglipImageProcessorPil does not cut .* there is GotOcr2ImageProcessor"):
-        processed(ModelConfig(model=directory), "i", [picture((30, 30))])
+        processed(ModelConfig(model=directory), PLACEHOLDERS, "i", [picture((30, 30))])
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(tmp_path, directory):

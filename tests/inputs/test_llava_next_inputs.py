@@ -9,7 +9,7 @@ import pytest
 import transformers
 from golden_files import read_golden
 from hypothesis import strategies as st
-from media_shapes import declared_shapes, padded_shapes
+from media_inputs import declared_shapes, padded_shapes
 from PIL import Image
 
 from aphrodite_jax import ModelConfig

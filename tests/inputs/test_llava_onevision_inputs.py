@@ -14,21 +14,22 @@ import transformers
 from flax import nnx
 from golden_files import read_golden
 from hypothesis import strategies as st
-from media_shapes import declared_shapes, padded_shapes
-from PIL import Image
+from media_inputs import declared_shapes, mapped, padded_shapes, picture, processed, video
 
 from aphrodite_jax import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.modeling.models import llava_onevision
-from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext
+from aphrodite_jax.multimodal import InputContext
 
 GOLDEN = read_golden("llava_onevision")
 TILE, SIDE, FRAME_ROWS = 35, 5, 9
 IMAGE, VIDEO = checkpoints.IMAGE_TOKEN, GOLDEN.described["special_tokens"]["<video>"]
 PUBLISHED = transformers.LlavaOnevisionConfig()
 """The grids, tiles and limits of all published checkpoints."""
+
+PLACEHOLDERS = {"i": IMAGE, "v": VIDEO}
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +40,6 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_config(directory):
     return ModelConfig(model=directory, limit_mm_per_prompt={"image": 2, "video": 2})
-
-
-def picture(size):
-    height, width = size
-    return Image.new("RGB", (width, height))
-
-
-def video(frames, height=20, width=30):
-    return np.zeros((frames, height, width, 3), np.uint8)
-
-
-def processed(model_config, text, images=(), videos=()):
-    tokens = {"i": IMAGE, "v": VIDEO}
-    media = {"image": list(images), "video": list(videos)}
-    return INPUT_REGISTRY.process_input(
-        model_config,
-        LLMInputs(
-            prompt_token_ids=[tokens.get(letter, 5) for letter in text],
-            multi_modal_data={modality: items for modality, items in media.items() if items},
-        ),
-    )
-
-
-def mapped(model_config, modality, item):
-    [item] = MULTIMODAL_REGISTRY.open_items(model_config, modality, [item])
-    return dict(MULTIMODAL_REGISTRY.map_items(model_config, modality, [item]))
 
 
 def hugging_face(config):
@@ -135,13 +110,13 @@ def test_a_row_is_the_mean_of_the_patches_round_its_place():
 def test_images_and_videos_in_any_order(model_config, order):
     images = [picture((20, 20 * (1 + index))) for index in range(order.count("i"))]
     videos = [video(1 + index) for index in range(order.count("v"))]
-    inputs = processed(model_config, f"t{order}t", images, videos)
+    inputs = processed(model_config, PLACEHOLDERS, f"t{order}t", images, videos)
     alone = {"i": iter(images), "v": iter(videos)}
     expected, places = [5], {"i": [], "v": []}
     for letter in order:
         if letter in alone:
             item = [next(alone[letter])]
-            one = processed(model_config, letter, **{"images" if letter == "i" else "videos": item})
+            one = processed(model_config, PLACEHOLDERS, letter, **{"images" if letter == "i" else "videos": item})
             places[letter].append((len(expected), len(one.prompt_token_ids)))
             expected += one.prompt_token_ids
         else:
@@ -155,7 +130,7 @@ def test_images_and_videos_in_any_order(model_config, order):
 
 def test_rows_computed_beforehand(model_config):
     rows = np.zeros((7, 64), np.float32)
-    inputs = processed(model_config, "iv", [rows], [rows])
+    inputs = processed(model_config, PLACEHOLDERS, "iv", [rows], [rows])
     assert inputs.prompt_token_ids == (IMAGE,) * 7 + (VIDEO,) * 7
 
 

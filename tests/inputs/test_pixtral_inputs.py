@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 from golden_files import read_golden
 from hypothesis import strategies as st
-from media_shapes import declared_shapes, padded_shapes
+from media_inputs import declared_shapes, padded_shapes
 from PIL import Image
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 

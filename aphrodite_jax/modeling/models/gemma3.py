@@ -17,7 +17,7 @@ that; ahead to the end of their run. All else is causal.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -314,16 +314,13 @@ class Gemma3ForConditionalGeneration(LlavaForConditionalGeneration):
     """Gemma 3 with images."""
 
     traits = ("image spans that see themselves", "pooled tower", "pan and scan")
+    family = "Gemma 3"
+    language_models: ClassVar[Mapping[str, str]] = {"gemma3_text": "Gemma3ForCausalLM"}
     media_shapes = staticmethod(media_shapes)
 
     def _make_parts(self, config, **kw):
         self.vision_tower = SiglipVisionModel(config.vision_config, **kw)
         self.multi_modal_projector = Gemma3Projector(config, **kw)
-
-    @staticmethod
-    def language_model_class(config) -> type:
-        """Gemma 3."""
-        return Gemma3ForCausalLM
 
     @classmethod
     def mask_specs(cls, config) -> dict[str, MaskSpec]:

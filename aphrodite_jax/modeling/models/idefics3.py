@@ -13,12 +13,11 @@ An image that is not cut has the last line alone. These names, and how line ends
 The two models differ in nothing but the names of their configs and processors. SmolVLM's videos are not supported.
 """
 
-import copy
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import (
@@ -44,14 +42,13 @@ from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionEncoder, vision_norm
-from aphrodite_jax.modeling.models.interfaces import MaskSpec, SupportsMultiModal
+from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 from aphrodite_jax.multimodal.plugins.image import ImagePlugin
 
 __all__ = ["Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"]
 
-LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 MAX_TILES_A_SIDE = 6
 """Tokenizers of these models have names for so many rows and columns."""
 LONGEST_EDGE_OF_ALL = 4096
@@ -310,10 +307,12 @@ class Idefics3Connector(nnx.Module):
 @MULTIMODAL_REGISTRY.register_max_image_tokens(max_image_tokens)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(expand_images)
-class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
+class Idefics3ForConditionalGeneration(OverLanguageModel):
     """Idefics3 over Llama or Mistral."""
 
     traits = ("tiles, with their names in the prompt", "pixel shuffle")
+    family = "Idefics3"
+    language_models: ClassVar[Mapping[str, str]] = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
     weight_rules = (
         WeightRule(r".*\.rotary_emb\.inv_freq|.*\.position_ids", None),
@@ -329,24 +328,12 @@ class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
         for field in ("image_size", "patch_size"):
             if not isinstance(value := getattr(config.vision_config, field), int):
                 raise ConfigError(f"vision_config.{field} {value!r} is not supported: one number is, for both sides")
-        language_model_class = _language_model_class(config)
         self.config = config
         kw = {"dtype": dtype, "rngs": rngs}
         self.vision_model = Idefics3VisionTransformer(config.vision_config, **kw)
         self.connector = Idefics3Connector(config, **kw)
-        text_config = copy.deepcopy(config.text_config)
-        text_config.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides, as in Hugging Face
-        self.language_model = language_model_class(text_config, **kw)
-
-    @staticmethod
-    def mask_specs(config) -> dict[str, MaskSpec]:
-        """Those of the language model: images are plain tokens to it."""
-        return _language_model_class(config).mask_specs(config.text_config)
-
-    @staticmethod
-    def kv_cache_shapes(config):
-        """Those of the language model."""
-        return _language_model_class(config).kv_cache_shapes(config.text_config)
+        # The outer config decides, as in Hugging Face.
+        self.language_model = self.make_language_model(config, tied=config.tie_word_embeddings, **kw)
 
     @staticmethod
     def placeholder_str(modality: str, index: int) -> str:
@@ -370,10 +357,6 @@ class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
         features = self.vision_model(pixel_values.reshape(-1, *pixel_values.shape[2:]))
         rows = self.connector(features, height, width)
         return rows.reshape(len(pixel_values), -1, rows.shape[-1])
-
-    def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token embeddings."""
-        return self.language_model.embed_input_ids(input_ids)
 
     def __call__(
         self,
@@ -399,19 +382,6 @@ class Idefics3ForConditionalGeneration(nnx.Module, SupportsMultiModal):
                 inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
-    def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Next-token logits, in float32."""
-        return self.language_model.compute_logits(hidden_states)
-
 
 class SmolVLMForConditionalGeneration(Idefics3ForConditionalGeneration):
     """SmolVLM and SmolVLM2, for images: Idefics3's architecture with smaller parts."""
-
-
-def _language_model_class(config) -> type:
-    kind = config.text_config.model_type
-    if kind not in LANGUAGE_MODELS:
-        raise ConfigError(
-            f"Idefics3 with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
-        )
-    return resolve_architecture([LANGUAGE_MODELS[kind]])

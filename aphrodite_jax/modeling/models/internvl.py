@@ -14,7 +14,6 @@ frame is tokenized apart from the text before it. Hugging Face tokenizes both as
 behind a line end, where the chat template puts a video.
 """
 
-import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import (
@@ -46,14 +44,13 @@ from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal
 from aphrodite_jax.modeling.layers.stack import call_layer, in_parts
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionMLP
-from aphrodite_jax.modeling.models.interfaces import MaskSpec, SupportsMultiModal
+from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, Video, embedding_rows
 from aphrodite_jax.multimodal.frames import MAX_FRAMES, frames_that_fit, map_frames
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 
 __all__ = ["InternVLForConditionalGeneration"]
 
-LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TILE_COUNTS = (1, 3, 4, 6, 8, 10, 13, 16, 20, 25, 31, 40, 49)
 """Tiles of an image as it is encoded: the next of these, so that at most a fifth of the work is for padding."""
 TILES_AT_A_TIME = 8
@@ -428,10 +425,16 @@ class InternVLMultiModalProjector(nnx.Module):
 @MULTIMODAL_REGISTRY.register_max_video_tokens(max_video_tokens)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(expand_media)
-class InternVLForConditionalGeneration(nnx.Module, SupportsMultiModal):
+class InternVLForConditionalGeneration(OverLanguageModel):
     """InternVL over Qwen2, Qwen3 or Llama."""
 
     traits = ("tiles in a grid of the image's proportions", "pixel shuffle", "videos of named frames")
+    family = "InternVL"
+    language_models: ClassVar[Mapping[str, str]] = {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
 
     weight_rules = (
         WeightRule(r".*\.rotary_emb\.inv_freq|.*\.position_ids", None),
@@ -459,20 +462,9 @@ class InternVLForConditionalGeneration(nnx.Module, SupportsMultiModal):
         kw = {"dtype": dtype, "rngs": rngs}
         self.vision_tower = InternVLVisionModel(config.vision_config, **kw)
         self.multi_modal_projector = InternVLMultiModalProjector(config, **kw)
-        text_config = copy.deepcopy(config.text_config)
         # Files written before transformers 5 say it in the inner config alone, and the outer one's default is yes.
-        text_config.tie_word_embeddings = config.tie_word_embeddings and config.text_config.tie_word_embeddings
-        self.language_model = _language_model_class(config)(text_config, **kw)
-
-    @staticmethod
-    def mask_specs(config) -> dict[str, MaskSpec]:
-        """Those of the language model: images are plain tokens to it."""
-        return _language_model_class(config).mask_specs(config.text_config)
-
-    @staticmethod
-    def kv_cache_shapes(config):
-        """Those of the language model."""
-        return _language_model_class(config).kv_cache_shapes(config.text_config)
+        tied = config.tie_word_embeddings and config.text_config.tie_word_embeddings
+        self.language_model = self.make_language_model(config, tied=tied, **kw)
 
     @staticmethod
     def placeholder_str(modality: str, index: int) -> str:
@@ -511,10 +503,6 @@ class InternVLForConditionalGeneration(nnx.Module, SupportsMultiModal):
         x = x.reshape(len(x), side, factor, side, factor, -1).swapaxes(2, 3)
         return self.multi_modal_projector(x.reshape(len(x), side**2, -1))
 
-    def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token embeddings; ids past the vocabulary give some row, to be replaced."""
-        return self.language_model.embed_input_ids(jnp.minimum(input_ids, self.config.text_config.vocab_size - 1))
-
     def __call__(
         self,
         input_ids: Int[Array, " T"],
@@ -550,10 +538,6 @@ class InternVLForConditionalGeneration(nnx.Module, SupportsMultiModal):
                 inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_row, jnp.concatenate(rows))
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
-    def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Next-token logits, in float32."""
-        return self.language_model.compute_logits(hidden_states)
-
 
 def _norm(config, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_type == "layer_norm":
@@ -567,12 +551,3 @@ def _layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.Lay
     # Two passes for the variance, since one loses digits that parity needs.
     kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **kw)
-
-
-def _language_model_class(config) -> type:
-    kind = config.text_config.model_type
-    if kind not in LANGUAGE_MODELS:
-        raise ConfigError(
-            f"InternVL with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
-        )
-    return resolve_architecture([LANGUAGE_MODELS[kind]])

@@ -5,9 +5,8 @@ strategy "default" drops, with the first patch of a SigLIP tower, as Hugging Fac
 the rows as wide as the language model; they replace one ``<image>`` token each, under a plain causal mask.
 """
 
-import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import transformers
@@ -15,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt, expand_items
 from aphrodite_jax.modeling.layers.activation import activation
@@ -23,14 +21,13 @@ from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import CLIPVisionModel
-from aphrodite_jax.modeling.models.interfaces import MaskSpec, SupportsMultiModal
+from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
 from aphrodite_jax.modeling.models.siglip import SiglipVisionModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, embedding_rows
 
 __all__ = ["LlavaForConditionalGeneration"]
 
 VISION_TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
-LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 # Inputs: pure functions of the config and of one request.
@@ -85,10 +82,16 @@ class LlavaMultiModalProjector(nnx.Module):
 @MULTIMODAL_REGISTRY.register_max_image_tokens(max_image_tokens)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(expand_images)
-class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
+class LlavaForConditionalGeneration(OverLanguageModel):
     """LLaVA-1.5 over Llama, Mistral or Qwen2."""
 
     traits = ("one size of images", "CLIP or SigLIP at any of its layers")
+    family = "LLaVA"
+    language_models: ClassVar[Mapping[str, str]] = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    }
 
     # Files have one of three layouts; ours is the oldest, which hub files have.
     weight_rules = (
@@ -104,37 +107,12 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.config = config
         self._make_parts(config, dtype=dtype, rngs=rngs)
-        text_config = copy.deepcopy(config.text_config)
-        text_config.tie_word_embeddings = config.tie_word_embeddings  # the outer one decides, as in Hugging Face
-        self.language_model = self.language_model_class(config)(text_config, dtype=dtype, rngs=rngs)
+        # The outer config decides, as in Hugging Face.
+        self.language_model = self.make_language_model(config, tied=config.tie_word_embeddings, dtype=dtype, rngs=rngs)
 
     def _make_parts(self, config, **kw):
         self.vision_tower = _tower_class(config)(config.vision_config, **kw)
         self.multi_modal_projector = LlavaMultiModalProjector(config, **kw)
-
-    @staticmethod
-    def language_model_class(config) -> type:
-        """The class of the language model that the config names.
-
-        Raises:
-          ConfigError: there is none.
-        """
-        kind = config.text_config.model_type
-        if kind not in LANGUAGE_MODELS:
-            raise ConfigError(
-                f"LLaVA with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
-            )
-        return resolve_architecture([LANGUAGE_MODELS[kind]])
-
-    @classmethod
-    def mask_specs(cls, config) -> dict[str, MaskSpec]:
-        """Those of the language model: images are plain tokens to it."""
-        return cls.language_model_class(config).mask_specs(config.text_config)
-
-    @classmethod
-    def kv_cache_shapes(cls, config):
-        """Those of the language model."""
-        return cls.language_model_class(config).kv_cache_shapes(config.text_config)
 
     @staticmethod
     def placeholder_str(modality: str, index: int) -> str:
@@ -153,10 +131,6 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
         if self.config.vision_feature_select_strategy == "default":
             features = [x[:, 1:] for x in features]
         return {"image": self.multi_modal_projector(jnp.concatenate(features, axis=-1))}
-
-    def embed_input_ids(self, input_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Token embeddings; ids past the vocabulary (an image token may be one) give some row, to be replaced."""
-        return self.language_model.embed_input_ids(jnp.minimum(input_ids, self.config.text_config.vocab_size - 1))
 
     def __call__(
         self,
@@ -181,10 +155,6 @@ class LlavaForConditionalGeneration(nnx.Module, SupportsMultiModal):
                 is_image = input_ids == self.config.image_token_index
                 inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
-
-    def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Next-token logits, in float32."""
-        return self.language_model.compute_logits(hidden_states)
 
 
 def _layers(config) -> tuple[int, ...]:

@@ -11,14 +11,13 @@ A prompt is the images, the beginning-of-sequence token, the text and a newline,
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from flax import nnx
 from jaxtyping import Array, Float
 from PIL import Image
 
-from aphrodite_jax.architectures import resolve_architecture
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import (
@@ -37,8 +36,6 @@ from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig
 
 __all__ = ["PaliGemmaForConditionalGeneration"]
-
-LANGUAGE_MODELS = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 
 
 # Inputs: pure functions of the config and of one request.
@@ -118,6 +115,8 @@ class PaliGemmaForConditionalGeneration(LlavaForConditionalGeneration):
     """PaliGemma over Gemma, PaliGemma 2 over Gemma 2."""
 
     traits = ("prefix-LM prompts", "soft caps and windows (PaliGemma 2)")
+    family = "PaliGemma"
+    language_models: ClassVar[Mapping[str, str]] = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 
     def _make_parts(self, config, **kw):
         if config.projection_dim != config.text_config.hidden_size:
@@ -127,16 +126,6 @@ class PaliGemmaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         self.vision_tower = SiglipVisionModel(config.vision_config, **kw)
         self.multi_modal_projector = PaliGemmaProjector(config, **kw)
-
-    @staticmethod
-    def language_model_class(config) -> type:
-        """Gemma or Gemma 2."""
-        kind = config.text_config.model_type
-        if kind not in LANGUAGE_MODELS:
-            raise ConfigError(
-                f"PaliGemma with a language model {kind!r} is not supported; there are {', '.join(LANGUAGE_MODELS)}"
-            )
-        return resolve_architecture([LANGUAGE_MODELS[kind]])
 
     @classmethod
     def mask_specs(cls, config) -> dict[str, MaskSpec]:
