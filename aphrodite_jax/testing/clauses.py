@@ -7,6 +7,7 @@ those before hold, without which it would fail for their reasons.
 import inspect
 import pickle
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["GROUPS", "Broken", "missing_registrations"]
 
 TOLERANCE = 1e-4
 """Of float32 rows and logits that must be equal but for the order of sums."""
+SECONDS_TO_SHRINK = 5.0
+"""After which the smallest example so far is told; programs are compiled for each length that is tried."""
 SLOW_IS_FINE = (hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large)
 DTYPES = ("float32", "int32", "bool", "uint8")
 """Of arrays that mappers may give."""
@@ -63,6 +66,7 @@ def missing_registrations(model_cls: Any) -> list[str]:
 def search(subject: Subject, strategy: st.SearchStrategy, check: Callable[[Any], None], *, most: int = 1000) -> None:
     """Raise `Broken` with the smallest example for which ``check`` fails."""
     found: dict[str, Any] = {}
+    begin = 0.0
 
     @hypothesis.settings(
         max_examples=min(subject.max_examples, most),
@@ -74,9 +78,15 @@ def search(subject: Subject, strategy: st.SearchStrategy, check: Callable[[Any],
     )
     @hypothesis.given(strategy)
     def test(example):
+        nonlocal begin
+        if found and time.monotonic() - begin > SECONDS_TO_SHRINK:
+            if describe(example) == describe(found["example"]):
+                raise found["error"]
+            return
         try:
             check(example)
         except Exception as error:
+            begin = begin or time.monotonic()
             found.update(example=example, error=error)
             raise
 
@@ -427,7 +437,10 @@ def the_engine_agrees(subject: Subject) -> None:
                 if not np.allclose(told(output), told(expected), atol=1e-3):
                     raise Broken("in a batch a prompt has other logits than alone")
 
-    search(subject, st.lists(subject.requests, min_size=1, max_size=2), check, most=5)
+    dummy = {modality: list(items) for modality, items in subject.dummy.multi_modal_data.items()}
+    largest = tuple(subject.placeholders[modality] for modality, items in dummy.items() for _ in items)
+    check([((5, *largest, 6, 7), dummy), ((5, 6, 7), {})])  # in several chunks, beside a short one
+    search(subject, st.lists(subject.requests, min_size=1, max_size=2), check, most=3)
 
 
 GROUPS: Sequence[Sequence[Callable[[Subject], None]]] = (

@@ -97,7 +97,7 @@ def test_old_configs_mean_the_same_rope_scalings_and_biases(tmp_path, name):
 def test_the_goldens_cover_what_is_promised():
     goldens = {name: read_golden(name) for name in golden_names()}
     texts = [golden.config for golden in goldens.values() if "vision_config" not in golden.config]
-    kinds = {config["rope_parameters"]["rope_type"] for config in texts}
+    kinds = {config["rope_parameters"]["rope_type"] for config in texts if config["model_type"] != "gemma3_text"}
     assert kinds == {"default", *ROPE_INIT_FUNCTIONS}
     for tower, text in itertools.product(("clip", "siglip"), ("llama", "mistral", "qwen2")):
         golden = goldens[f"llava_{tower}_{text}"]

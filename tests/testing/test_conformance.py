@@ -17,6 +17,7 @@ def test_a_right_model_passes():
     check_multimodal_model(Strips, tiny_config(), **OPTIONS)
 
 
+@pytest.mark.once
 def test_another_reference_is_told():
     def other(directory, token_ids, arrays):
         return np.zeros((len(token_ids), 300), np.float32)
