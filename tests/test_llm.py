@@ -441,6 +441,7 @@ def test_stats_count_what_was_done(directory):
     assert again["media_encoded"] == 1
 
 
+@pytest.mark.once
 def test_a_trace_has_named_steps(directory, tmp_path):
     """In a process of its own: beside PyTorch, which other tests import, JAX's profiler can end the process."""
     code = (

@@ -7,6 +7,8 @@ from golden_files import read_golden
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.executor import model_runner
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def golden():

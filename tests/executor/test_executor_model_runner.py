@@ -117,6 +117,7 @@ def cut_prompts(draw):
 @hypothesis.settings(
     deadline=None, max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
+@pytest.mark.once
 def test_any_chunks_give_the_logits_of_none(model, request, prompts, name, seed):
     """Chunks of several requests side by side, in pages in random order, against one plain call for each."""
     runner = request.getfixturevalue(name)

@@ -24,6 +24,8 @@ from aphrodite_jax.modeling.models import internvl
 from aphrodite_jax.multimodal import InputContext
 from kernels_pallas.intervals import causal
 
+pytestmark = pytest.mark.once
+
 GOLDEN = read_golden("internvl")  # of five tiles at most, beside the whole
 TILE, ROWS = 28, 4
 IMAGE = checkpoints.IMAGE_TOKEN

@@ -23,6 +23,8 @@ from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.modeling.models import llava_onevision
 from aphrodite_jax.multimodal import InputContext
 
+pytestmark = pytest.mark.once
+
 GOLDEN = read_golden("llava_onevision")
 TILE, SIDE, FRAME_ROWS = 35, 5, 9
 IMAGE, VIDEO = checkpoints.IMAGE_TOKEN, GOLDEN.described["special_tokens"]["<video>"]

@@ -101,10 +101,8 @@ def test_every_family_with_media_is_there():
     assert kinds - tested == {"llava", "qwen2_vl", "smolvlm"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gemma3_short_window", *(pytest.param(name, marks=pytest.mark.once) for name in ONE_OF_EACH[1:])],
-)
+@pytest.mark.once
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_media_of_any_shape_alone_cached_and_in_a_batch(tmp_path, name):
     """Text only, one item, several of other sizes and shapes: in chunks; from pages; together in another order."""
     golden = read_golden(name)

@@ -13,6 +13,7 @@ MUTANTS = sorted(Path(__file__).with_name("mutants").glob("*.py"))
 OPTIONS = {"strategies": {"image": images(most=150)}, "max_examples": 10}
 
 
+@pytest.mark.once
 def test_a_right_model_passes():
     check_multimodal_model(Strips, tiny_config(), **OPTIONS)
 
