@@ -288,7 +288,7 @@ def padding_changes_no_row(subject: Subject) -> None:
         if not np.allclose(rows[: len(own)], own, atol=TOLERANCE):
             raise Broken("with padding behind it an item has other rows than without")
         # The largest array is the pixels; smaller ones may tell what is padding.
-        name = max((name for name, x in padded.items() if x.dtype.kind == "f"), key=lambda name: padded[name].size)
+        name = max(padded, key=lambda name: (padded[name].dtype.kind == "f", padded[name].size))
         foreign = rng.normal(size=padded[name].shape).astype(padded[name].dtype) * 100
         foreign[tuple(map(slice, arrays[name].shape))] = arrays[name]
         padded[name] = foreign
@@ -488,7 +488,11 @@ def _negative(item: Any) -> Any:
         return ImageOps.invert(item)
     if isinstance(item, Video):
         return Video(frames=255 - item.frames, timestamps=item.timestamps)
-    return item
+    if isinstance(item, np.ndarray):
+        return -item
+    if isinstance(item, tuple):  # a waveform and its rate
+        return (-item[0], *item[1:])
+    raise Broken(f"no other item can be made of a {type(item).__name__} to compare with")
 
 
 def _dummy_arrays(subject: Subject) -> list[dict[str, np.ndarray]]:

@@ -26,8 +26,8 @@ from aphrodite_jax.errors import ConfigError, MediaError, RequestError
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs, PlacedItem, PlaceholderRange
 from aphrodite_jax.modeling.layers.rotary import axis_of_pairs, rotary_table
 from aphrodite_jax.modeling.loader import load_model
-from aphrodite_jax.modeling.models import qwen2_5_vl, qwen2_vl, qwen3_vl
-from aphrodite_jax.modeling.models.qwen2_vl import PixelLimits
+from aphrodite_jax.modeling.models import qwen2_5_vl, qwen3_vl, qwen_vl_inputs
+from aphrodite_jax.modeling.models.qwen_vl_inputs import PixelLimits
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext, Video
 from aphrodite_jax.multimodal.context import model_class
 
@@ -92,12 +92,12 @@ some_limits = st.builds(
 def test_images_are_resized_as_in_hugging_face_and_no_size_is_beyond_the_bound(height, width, limits):
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(MediaError, match=f"an image of {width} x {height} pixels is too narrow"):
-            qwen2_vl.squares_of(limits, (height, width))
+            qwen_vl_inputs.squares_of(limits, (height, width))
         return
     expected = smart_resize(height, width, limits.side, min_pixels=limits.least, max_pixels=limits.most)
-    squares = qwen2_vl.squares_of(limits, (height, width))
+    squares = qwen_vl_inputs.squares_of(limits, (height, width))
     assert squares == tuple(pixels // limits.side for pixels in expected)
-    assert math.prod(squares) <= qwen2_vl.most_rows(limits)
+    assert math.prod(squares) <= qwen_vl_inputs.most_rows(limits)
     assert math.prod(squares) >= math.floor(min(limits.least, limits.most / 4) / limits.side**2)
 
 
@@ -106,7 +106,7 @@ def test_images_are_resized_as_in_hugging_face_and_no_size_is_beyond_the_bound(h
 def test_frames_that_share_their_pixels_are_resized_as_in_hugging_face(num_frames, height, width, least, times):
     video_processing = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
     most = math.ceil(least * times)
-    limits = qwen2_vl.VideoLimits(
+    limits = qwen_vl_inputs.VideoLimits(
         side=32, layer=2, least=least, most=most, is_capped=False, max_tokens=9, max_frames=50
     )
     frames = qwen3_vl.frame_limits(limits, num_frames)
@@ -114,17 +114,17 @@ def test_frames_that_share_their_pixels_are_resized_as_in_hugging_face(num_frame
         expected = video_processing.smart_resize(num_frames, height, width, 2, 32, least, most)
     except ValueError:
         with pytest.raises(MediaError, match="too narrow"):
-            qwen2_vl.squares_of(frames, (height, width))
+            qwen_vl_inputs.squares_of(frames, (height, width))
     else:
-        assert qwen2_vl.squares_of(frames, (height, width)) == tuple(pixels // 32 for pixels in expected)
+        assert qwen_vl_inputs.squares_of(frames, (height, width)) == tuple(pixels // 32 for pixels in expected)
 
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_limits_of_frames_may_be_capped(capped):
-    limits = qwen2_vl.VideoLimits(
+    limits = qwen_vl_inputs.VideoLimits(
         side=28, layer=2, least=100_000, most=600_000, is_capped=capped, max_tokens=1000, max_frames=768
     )
-    each = [qwen2_vl.frame_limits(limits, count).most for count in (2, 4, 400)]
+    each = [qwen_vl_inputs.frame_limits(limits, count).most for count in (2, 4, 400)]
     assert each == ([600_000, 352_800, 105_000] if capped else [600_000] * 3)
     together = [qwen3_vl.frame_limits(limits, count).most for count in (2, 4, 400)]
     assert together == ([600_000, 600_000, 42_000_000] if capped else [600_000] * 3)
@@ -145,7 +145,7 @@ def test_an_image_has_as_many_tokens_as_in_hugging_face_and_one_of_the_shapes(co
     arrays = mapped(context, "image", image)
     assert arrays["image_grid"].prod() == count
     padded = model_class(context.model_config).pad_media(config, arrays)
-    shapes = qwen2_vl.media_shapes(context)
+    shapes = qwen_vl_inputs.media_shapes(context)
     assert {name: (array.shape, array.dtype) for name, array in padded.items()} in [
         {name: (struct.shape, struct.dtype) for name, struct in one.items()} for one in shapes
     ]
@@ -160,12 +160,12 @@ def test_an_image_has_as_many_tokens_as_in_hugging_face_and_one_of_the_shapes(co
 def test_padding_wastes_a_quarter_at_most_on_photographs():
     sizes = [(768, 1024), (1080, 1920), (3024, 4032), (480, 640), (1200, 800), (600, 600), (2448, 3264), (400, 1600)]
     for limits in PUBLISHED.values():
-        rows = [math.prod(qwen2_vl.squares_of(limits, size)) for size in sizes]
-        assert sum(map(qwen2_vl.padded_rows, rows)) <= 1.25 * sum(rows)
+        rows = [math.prod(qwen_vl_inputs.squares_of(limits, size)) for size in sizes]
+        assert sum(map(qwen_vl_inputs.padded_rows, rows)) <= 1.25 * sum(rows)
 
 
 def test_numbers_of_rows_after_padding():
-    assert [qwen2_vl.padded_rows(rows) for rows in (1, 16, 17, 24, 25, 33, 48, 49, 16384, 16385)] == [
+    assert [qwen_vl_inputs.padded_rows(rows) for rows in (1, 16, 17, 24, 25, 33, 48, 49, 16384, 16385)] == [
         16, 16, 24, 24, 32, 48, 48, 64, 16384, 24576,
     ]  # fmt: skip
 
@@ -175,20 +175,20 @@ def test_numbers_of_rows_after_padding():
 
 @pytest.mark.parametrize("limits", PUBLISHED.values(), ids=PUBLISHED)
 def test_the_bound_of_images_is_reached(limits):
-    assert qwen2_vl.most_rows(limits) == 16384
-    assert math.prod(qwen2_vl.squares_of(limits, qwen2_vl.largest_image(limits))) == 16384
+    assert qwen_vl_inputs.most_rows(limits) == 16384
+    assert math.prod(qwen_vl_inputs.squares_of(limits, qwen_vl_inputs.largest_image(limits))) == 16384
 
 
 def test_a_narrow_image_may_be_the_largest(context):
     """Where 36 squares are allowed, an image of 1 x 200 keeps a line of 84."""
-    assert qwen2_vl.max_image_tokens(context) == 84
-    limits = qwen2_vl.image_limits(context)
-    assert qwen2_vl.squares_of(limits, qwen2_vl.largest_image(limits)) == (1, 84)
+    assert qwen_vl_inputs.max_image_tokens(context) == 84
+    limits = qwen_vl_inputs.image_limits(context)
+    assert qwen_vl_inputs.squares_of(limits, qwen_vl_inputs.largest_image(limits)) == (1, 84)
 
 
 @pytest.mark.parametrize("room", [200, 240])
 def test_dummy_data_hold_both_kinds_and_fill_the_prompt(context, room):
-    dummy = qwen2_vl.dummy_data(context, room, {"image": 2, "video": 1})
+    dummy = qwen_vl_inputs.dummy_data(context, room, {"image": 2, "video": 1})
     inputs = processed(context, dummy.prompt_token_ids, **dummy.multi_modal_data)
     assert len(inputs.prompt_token_ids) == room
     spans = inputs.placeholders
@@ -202,18 +202,18 @@ def test_dummy_data_that_do_not_fit(context):
     with pytest.raises(
         ConfigError, match="up to 84 tokens and 1 video items do not fit in 85 tokens: lower max_pixels"
     ):
-        qwen2_vl.dummy_data(context, 85, {"image": 1, "video": 1})
+        qwen_vl_inputs.dummy_data(context, 85, {"image": 1, "video": 1})
 
 
 def test_a_video_has_as_many_tokens_as_the_context_at_most(context):
-    assert 500 <= qwen2_vl.max_video_tokens(context) <= 512
+    assert 500 <= qwen_vl_inputs.max_video_tokens(context) <= 512
     small = InputContext(ModelConfig(model=context.model_config.model, max_model_len=40))
-    assert 30 <= qwen2_vl.max_video_tokens(small) <= 40
+    assert 30 <= qwen_vl_inputs.max_video_tokens(small) <= 40
     with pytest.raises(RequestError, match=r"a video of 30 frames .* takes \d+ tokens, at most \d+ are supported here"):
         processed(small, (VIDEO,), video=clip(30, 40, 40))
     none = InputContext(ModelConfig(model=context.model_config.model, max_model_len=1))
     with pytest.raises(ConfigError, match="no video fits in 1 tokens: raise max_model_len"):
-        qwen2_vl.max_video_tokens(none)
+        qwen_vl_inputs.max_video_tokens(none)
 
 
 # Arrays.
@@ -457,14 +457,14 @@ def test_processors_that_do_not_go_with_the_model_are_refused(tmp_path, file, op
     path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(ConfigError, match=message):
-        qwen2_vl.video_limits(ModelConfig(model=directory))
+        qwen_vl_inputs.video_limits(ModelConfig(model=directory))
 
 
 def test_max_pixels_of_a_call_are_for_images_and_for_frames_that_have_their_own(directories):
     for name, most in (("qwen2_vl", 2000), ("qwen3_vl", 40 * 256)):
         context = context_of(directories, name, mm_processor_kwargs={"max_pixels": 2000})
-        assert qwen2_vl.image_limits(context).most == 2000
-        assert qwen2_vl.video_limits(context.model_config).most == most
+        assert qwen_vl_inputs.image_limits(context).most == 2000
+        assert qwen_vl_inputs.video_limits(context.model_config).most == most
 
 
 CONFIGS = [
@@ -519,7 +519,7 @@ def test_the_largest_published_tower_makes_rows_as_wide_as_embeddings(file):
     config = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
     model = resolve_architecture(config.architectures)
     tower = nnx.eval_shape(lambda: model.tower_class(config.vision_config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    patches = np.zeros((4 * 24, qwen2_vl.patch_width(config.vision_config)), np.float32)
+    patches = np.zeros((4 * 24, qwen_vl_inputs.patch_width(config.vision_config)), np.float32)
     arrays = {name: array[None] for name, array in model.arrange(config, patches, (2, 3, 4)).items()}
     with jax.numpy_dtype_promotion("standard"):  # norms go through float32
         rows = nnx.eval_shape(lambda tower, arrays: tower(**arrays), tower, arrays)

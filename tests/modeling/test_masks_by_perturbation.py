@@ -22,7 +22,7 @@ from aphrodite_jax.inputs import PlaceholderRange
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.layers.rotary import rotary_table
 from aphrodite_jax.modeling.loader import load_model
-from aphrodite_jax.modeling.models import qwen2_5_vl, qwen2_vl
+from aphrodite_jax.modeling.models import qwen2_5_vl, qwen2_vl, qwen_vl_inputs
 from kernels_pallas.intervals import RowIntervals
 from kernels_pallas.pages import pages_shape
 
@@ -210,7 +210,7 @@ def test_patches_move_within_their_window_or_layer(kind, what):
     _, config = tower()
     vision, grid = config.vision_config, GRIDS[what]
     num_patches = int(np.prod(grid)) * vision.spatial_merge_size**2
-    patches = np.zeros((num_patches, qwen2_vl.patch_width(vision)), np.float32)
+    patches = np.zeros((num_patches, qwen_vl_inputs.patch_width(vision)), np.float32)
     arrays = {f"image_{name}": x[None] for name, x in qwen2_5_vl.arrange(config, patches, grid).items()}
     padded = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.pad_media(config, arrays)
     positions, bounds = padded["image_positions"][0], padded[f"image_{'frames' if kind == 'full' else 'windows'}"][0]

@@ -9,7 +9,7 @@ from golden_files import read_golden
 from PIL import Image
 
 from aphrodite_jax import LLM, SamplingParams
-from aphrodite_jax.modeling.models import pixtral, qwen2_vl
+from aphrodite_jax.modeling.models import pixtral, qwen_vl_inputs
 
 pytestmark = pytest.mark.once
 
@@ -32,9 +32,9 @@ def waste(rows, padded):
     ids=["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"],
 )
 def test_of_qwen_vl_at_its_real_sizes(side, least, most):
-    limits = qwen2_vl.PixelLimits(side=side, least=least, most=most)
-    rows = [math.prod(qwen2_vl.squares_of(limits, size)) for size in SIZES]
-    assert waste(rows, list(map(qwen2_vl.padded_rows, rows))) <= MOST
+    limits = qwen_vl_inputs.PixelLimits(side=side, least=least, most=most)
+    rows = [math.prod(qwen_vl_inputs.squares_of(limits, size)) for size in SIZES]
+    assert waste(rows, list(map(qwen_vl_inputs.padded_rows, rows))) <= MOST
 
 
 @dataclasses.dataclass

@@ -25,15 +25,15 @@ from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import InputContext, PlacedItem
-from aphrodite_jax.modeling.models import qwen2_vl
+from aphrodite_jax.modeling.models import qwen2_vl, qwen_vl_inputs
 from aphrodite_jax.modeling.models.llama import LlamaMLP
 from aphrodite_jax.modeling.models.qwen2_vl import (
     PatchMerger,
     Qwen2VLForConditionalGeneration,
     Qwen2VLVisionTower,
-    Squares,
     VisionBlock,
 )
+from aphrodite_jax.modeling.models.qwen_vl_inputs import Squares
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, Video
 from kernels_pallas.intervals import segments, sort_by_group
 
@@ -66,7 +66,7 @@ def arrange(config, patches: Float[np.ndarray, "patches pixels"], grid: Squares)
       As for Qwen2-VL; ``windows [patches, 2]``, what a patch sees of its window, as ``frames`` of its layer; and
       ``row_order [rows]``: where the row of each square stands among those that are sorted.
     """
-    arrays = qwen2_vl.arrange(config, patches, grid)
+    arrays = qwen_vl_inputs.arrange(config, patches, grid)
     order, bounds = window_order(config, grid)
     of_square = config.vision_config.spatial_merge_size**2
     for name in ("patches", "positions"):
@@ -82,7 +82,7 @@ def map_videos(ctx: InputContext, items: Sequence[Video]) -> MultiModalInputs:
     return MultiModalInputs.batch(
         [
             MultiModalInputs({**mapped, "video_seconds": np.float32(layer / (video.fps or USUAL_FPS))})
-            for mapped, video in zip(qwen2_vl.map_videos(ctx, items).split(), items, strict=True)
+            for mapped, video in zip(qwen_vl_inputs.map_videos(ctx, items).split(), items, strict=True)
         ]
     )
 
@@ -170,4 +170,4 @@ class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     )
     tower_class = Qwen2_5_VLVisionTower
     arrange = staticmethod(arrange)
-    prompt_positions = staticmethod(functools.partial(qwen2_vl.prompt_positions, time_step=time_step))
+    prompt_positions = staticmethod(functools.partial(qwen_vl_inputs.prompt_positions, time_step=time_step))

@@ -29,21 +29,19 @@ from aphrodite_jax.errors import ConfigError, MediaError
 from aphrodite_jax.inputs import InputContext, load_tokenizer
 from aphrodite_jax.inputs.placeholders import Tokens
 from aphrodite_jax.modeling.layers.activation import activation
-from aphrodite_jax.modeling.models import qwen2_vl
+from aphrodite_jax.modeling.models import qwen_vl_inputs
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
 from aphrodite_jax.modeling.models.qwen2_vl import (
-    PixelLimits,
     Qwen2VLForConditionalGeneration,
     Qwen2VLVisionTower,
-    Squares,
-    VideoLimits,
     VisionBlock,
     VisionPatchEmbed,
     layer_norm,
     tower_width,
 )
 from aphrodite_jax.modeling.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from aphrodite_jax.modeling.models.qwen_vl_inputs import PixelLimits, Squares, VideoLimits
 from aphrodite_jax.multimodal import Video
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig
 
@@ -75,7 +73,7 @@ def table_places(config, grid: Squares) -> tuple[Int[np.ndarray, "patches 4"], F
     places = line[:, None, :, None] * side + column[None, :, None, :]  # [lines, columns, 2, 2]
     weights = line_weight[:, None, :, None] * column_weight[None, :, None, :]
     planes = (plane.reshape(*plane.shape[:2], 4) for plane in (places, weights))
-    places, weights = (qwen2_vl.in_squares(plane, vision.spatial_merge_size) for plane in planes)
+    places, weights = (qwen_vl_inputs.in_squares(plane, vision.spatial_merge_size) for plane in planes)
     return np.tile(places, (layers, 1)), np.tile(weights, (layers, 1))
 
 
@@ -90,7 +88,7 @@ def arrange(config, patches: Float[np.ndarray, "patches pixels"], grid: Squares)
       As for Qwen2-VL; and ``places`` and ``weights`` as `table_places`.
     """
     places, weights = table_places(config, grid)
-    return {**qwen2_vl.arrange(config, patches, grid), "places": places, "weights": weights}
+    return {**qwen_vl_inputs.arrange(config, patches, grid), "places": places, "weights": weights}
 
 
 def frame_limits(limits: VideoLimits, num_frames: int) -> PixelLimits:
@@ -153,7 +151,7 @@ def video_tokens(ctx: InputContext, grid: Squares, video: Video) -> Tokens:
 
 def num_text_tokens(ctx: InputContext, layers: int) -> int:
     """Tokens of a video of so many layers that are text, at most."""
-    return layers * (len(_tokens_of_time(ctx, qwen2_vl.LATEST_FRAME)) + 2)
+    return layers * (len(_tokens_of_time(ctx, qwen_vl_inputs.LATEST_FRAME)) + 2)
 
 
 # The model.
