@@ -13,6 +13,7 @@ from aphrodite_jax.multimodal.inputs import MultiModalInputs
 from aphrodite_jax.multimodal.mapped_items import MappedItems
 from aphrodite_jax.multimodal.model_functions import ClassTable, ModelT, call_model_function, check_function
 from aphrodite_jax.multimodal.plugins import AudioPlugin, ImagePlugin, MultiModalPlugin, VideoPlugin, embedding_rows
+from aphrodite_jax.multimodal.video import frame_sampling
 
 __all__ = ["InputMapper", "MaxTokens", "MultiModalRegistry"]
 
@@ -119,7 +120,8 @@ class MultiModalRegistry:
         """Most items of one prompt for each modality that the model takes.
 
         Raises:
-          ConfigError: ``limit_mm_per_prompt`` names a modality that the model does not take.
+          ConfigError: ``limit_mm_per_prompt`` names a modality that the model does not take, or ``video_sampling`` is
+            wrong, or set for a model that takes no videos.
         """
         model_cls = model_class(model_config)
         taken = self.modalities(model_cls)
@@ -131,6 +133,10 @@ class MultiModalRegistry:
                 raise ConfigError(
                     f"limit_mm_per_prompt names {modality!r}, but {model_cls.__name__} takes {', '.join(taken)}"
                 )
+        if model_config.video_sampling and "video" not in taken:
+            raise ConfigError(f"video_sampling is set, but {model_cls.__name__} takes no videos")
+        if model_config.video_sampling:
+            frame_sampling(model_config)  # which refuses options that mean nothing
         return MappingProxyType({modality: model_config.limit_for(modality) for modality in taken})
 
     def max_tokens_per_item(self, model_config: ModelConfig) -> Mapping[str, int]:

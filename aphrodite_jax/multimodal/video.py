@@ -85,7 +85,10 @@ def frame_sampling(model_config: ModelConfig) -> FrameSampling:
     asked = dict(model_config.video_sampling)
     if unknown := sorted(set(asked) - set(names)):
         raise ConfigError(f"video_sampling has no option {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
-    if "fps" in asked and "num_frames" not in asked:
+    rates = set(asked) - {"num_frames"}
+    if rates and "num_frames" in asked:
+        raise ConfigError(f"video_sampling has num_frames, beside which {', '.join(sorted(rates))} would mean nothing")
+    if rates:
         options.pop("num_frames", None)
     sampling = FrameSampling(**options | asked)
     for name in names:

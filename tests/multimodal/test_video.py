@@ -11,7 +11,7 @@ from PIL import Image
 
 from aphrodite_jax import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
-from aphrodite_jax.multimodal import Video, content_hash
+from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, Video, content_hash
 from aphrodite_jax.multimodal.video import FrameSampling, frame_sampling, open_video
 
 av = pytest.importorskip("av", reason="video files need PyAV, the extra `video`")
@@ -100,11 +100,21 @@ def test_the_checkpoint_says_which_frames_are_taken(llava, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"fpss": 1}, "no option 'fpss'; there are num_frames, fps"), ({"num_frames": 0}, "num_frames must be a number")],
+    [
+        ({"fpss": 1}, "no option 'fpss'; there are num_frames, fps"),
+        ({"num_frames": 0}, "num_frames must be a number"),
+        ({"num_frames": 8, "max_frames": 9}, "num_frames, beside which max_frames would mean nothing"),
+    ],
 )
 def test_sampling_that_means_nothing(llava, options, message):
     with pytest.raises(ConfigError, match=message):
         frame_sampling(ModelConfig(model=llava, video_sampling=options))
+
+
+def test_sampling_for_a_model_without_videos_is_refused(model_config):
+    config = ModelConfig(model=model_config.model, video_sampling={"fps": 1})
+    with pytest.raises(ConfigError, match="video_sampling is set, but LlavaForConditionalGeneration takes no videos"):
+        MULTIMODAL_REGISTRY.get_mm_limits(config)
 
 
 @pytest.mark.parametrize(
