@@ -28,7 +28,11 @@ class PatchEmbed(nnx.Module):
         rows, columns = height // p, width // p
         x = pixel_values[:, :, : rows * p, : columns * p].astype(self.kernel[...].dtype)
         x = x.reshape(B, C, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)
-        x = x.reshape(B, rows * columns, C * p * p) @ self.kernel[...]
+        return self.of_patches(x.reshape(B, rows * columns, C * p * p))
+
+    def of_patches(self, patches: Float[Array, "B patches pixels"]) -> Float[Array, "B patches D"]:
+        """Rows of patches that are cut out and flattened already."""
+        x = patches.astype(self.kernel[...].dtype) @ self.kernel[...]
         return x if self.bias is None else x + self.bias[...][None, None]
 
 

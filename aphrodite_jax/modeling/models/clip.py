@@ -1,6 +1,7 @@
 """CLIP's vision tower (https://arxiv.org/abs/2103.00020), and the encoder that SigLIP shares with it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
+from aphrodite_jax.modeling.layers.norms import layer_norm
 from aphrodite_jax.modeling.layers.stack import call_layer
 
 __all__ = ["CLIPVisionModel", "VisionEncoder", "check_image_size"]
@@ -65,15 +67,22 @@ class VisionEncoderLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of layers that can stop early."""
+    """A stack of layers that can stop early; towers with layers of their own subclass it."""
+
+    layer_class: type = VisionEncoderLayer
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.layers = nnx.List(
-            VisionEncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
+            self.layer_class(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
         )
 
-    def __call__(self, x: Float[Array, "B T D"], layers: Sequence[int]) -> tuple[Float[Array, "B T D"], ...]:
-        """The hidden states numbered ``layers``, in their order; 0 is the input, -1 the last layer's output."""
+    def __call__(
+        self, x: Float[Array, "B T D"], layers: Sequence[int], *args: Any
+    ) -> tuple[Float[Array, "B T D"], ...]:
+        """The hidden states numbered ``layers``, in their order; 0 is the input, -1 the last layer's output.
+
+        ``args`` are what each layer gets beside them.
+        """
         count = len(self.layers) + 1
         for index in layers:
             if not -count <= index < count:
@@ -81,7 +90,7 @@ class VisionEncoder(nnx.Module):
         wanted = [index % count for index in layers]
         states = [x]
         for layer in self.layers[: max(wanted)]:
-            states.append(call_layer(layer, states[-1]))
+            states.append(call_layer(layer, states[-1], *args))
         return tuple(states[index] for index in wanted)
 
 
@@ -142,12 +151,5 @@ def check_image_size(config, pixel_values) -> None:
 
 
 def vision_norm(config, *, dtype, rngs):
-    """Layer norm of a tower; two passes for the variance, since one loses digits that parity needs."""
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=dtype,
-        rngs=rngs,
-    )
+    """Layer norm of a tower's width."""
+    return layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)

@@ -39,10 +39,11 @@ from aphrodite_jax.inputs import (
     load_tokenizer,
 )
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
-from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionEncoder, vision_norm
 from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
+from aphrodite_jax.modeling.models.siglip import SiglipVisionEmbeddings
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 from aphrodite_jax.multimodal.plugins.image import ImagePlugin
@@ -254,15 +255,8 @@ def patch_positions(config, rows: int, columns: int) -> Int[np.ndarray, " patche
     return (lines[:, None] * side + places[None]).reshape(-1)
 
 
-class Idefics3VisionEmbeddings(nnx.Module):
-    """Patches and learned positions."""
-
-    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
-        self.config = config
-        width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
-        self.patch_embedding = PatchEmbed(config.num_channels, config.patch_size, width, use_bias=True, **kw)
-        positions = (config.image_size // config.patch_size) ** 2
-        self.position_embedding = nnx.Embed(positions, width, param_dtype=dtype, **kw)
+class Idefics3VisionEmbeddings(SiglipVisionEmbeddings):
+    """SigLIP's patches and learned positions, over tiles of any size."""
 
     def __call__(self, pixel_values: Float[Array, "B C height width"]) -> Float[Array, "B T D"]:
         """Rows of patches; pixels that fill no patch are left out."""

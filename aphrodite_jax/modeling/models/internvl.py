@@ -41,6 +41,7 @@ from aphrodite_jax.inputs import (
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.norms import layer_norm
 from aphrodite_jax.modeling.layers.stack import call_layer, in_parts
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionMLP
@@ -391,7 +392,7 @@ class InternVLVisionModel(nnx.Module):
         self.encoder = InternVLVisionEncoder(config, **kw)
         # Means of patches are taken without a norm; the class token would have one.
         self.layernorm = (
-            None if config.use_mean_pooling else _layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
+            None if config.use_mean_pooling else layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
         )
 
     def __call__(self, pixel_values: Float[Array, "B C height width"], layer: int) -> Float[Array, "B T D"]:
@@ -410,7 +411,7 @@ class InternVLMultiModalProjector(nnx.Module):
         fan_in, width = config.vision_config.hidden_size * shuffle_factor(config) ** 2, config.text_config.hidden_size
         kw = {"dtype": dtype, "rngs": rngs}
         self.act = activation(config.projector_hidden_act)
-        self.layer_norm = _layer_norm(fan_in, 1e-5, **kw)
+        self.layer_norm = layer_norm(fan_in, 1e-5, **kw)
         self.linear_1 = nnx.Linear(fan_in, width, param_dtype=dtype, **kw)
         self.linear_2 = nnx.Linear(width, width, param_dtype=dtype, **kw)
 
@@ -541,13 +542,7 @@ class InternVLForConditionalGeneration(OverLanguageModel):
 
 def _norm(config, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm_type == "layer_norm":
-        return _layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        return layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     if config.norm_type == "rms_norm":
         return nnx.RMSNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
     raise ConfigError(f"norm_type {config.norm_type!r} is not supported; there are layer_norm, rms_norm")
-
-
-def _layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # Two passes for the variance, since one loses digits that parity needs.
-    kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **kw)

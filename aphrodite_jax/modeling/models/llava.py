@@ -25,7 +25,7 @@ from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
 from aphrodite_jax.modeling.models.siglip import SiglipVisionModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, embedding_rows
 
-__all__ = ["LlavaForConditionalGeneration"]
+__all__ = ["LlavaForConditionalGeneration", "LlavaMultiModalProjector", "feature_layers"]
 
 VISION_TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 
@@ -70,7 +70,7 @@ class LlavaMultiModalProjector(nnx.Module):
         width = config.text_config.hidden_size
         kw = {"use_bias": config.multimodal_projector_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.act = activation(config.projector_hidden_act)
-        self.linear_1 = nnx.Linear(config.vision_config.hidden_size * len(_layers(config)), width, **kw)
+        self.linear_1 = nnx.Linear(config.vision_config.hidden_size * len(feature_layers(config)), width, **kw)
         self.linear_2 = nnx.Linear(width, width, **kw)
 
     def __call__(self, x: Float[Array, "B T tower"]) -> Float[Array, "B T D"]:
@@ -127,7 +127,7 @@ class LlavaForConditionalGeneration(OverLanguageModel):
         """Rows for each image, from its pixels, or as given where they were computed before."""
         if image_embeds is not None:
             return {"image": image_embeds}
-        features = self.vision_tower(pixel_values, _layers(self.config))
+        features = self.vision_tower(pixel_values, feature_layers(self.config))
         if self.config.vision_feature_select_strategy == "default":
             features = [x[:, 1:] for x in features]
         return {"image": self.multi_modal_projector(jnp.concatenate(features, axis=-1))}
@@ -157,7 +157,8 @@ class LlavaForConditionalGeneration(OverLanguageModel):
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
 
-def _layers(config) -> tuple[int, ...]:
+def feature_layers(config) -> tuple[int, ...]:
+    """Layers of the tower whose hidden states go to the projector side by side."""
     layer = config.vision_feature_layer
     return (layer,) if isinstance(layer, int) else tuple(layer)
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.modeling.layers.activation import activation
-from aphrodite_jax.modeling.models.pixtral import PixtralForConditionalGeneration, feature_layers
+from aphrodite_jax.modeling.models.llava import feature_layers
+from aphrodite_jax.modeling.models.pixtral import PixtralForConditionalGeneration
 
 __all__ = ["Mistral3ForConditionalGeneration"]
 

@@ -40,10 +40,14 @@ from aphrodite_jax.inputs.tokenizer import optional_file
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary
-from aphrodite_jax.modeling.layers.stack import call_layer
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
+from aphrodite_jax.modeling.models.clip import VisionEncoder
 from aphrodite_jax.modeling.models.llama import LlamaMLP
-from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration, LlavaMultiModalProjector
+from aphrodite_jax.modeling.models.llava import (
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProjector,
+    feature_layers,
+)
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 from kernels_pallas.intervals import RowIntervals
@@ -306,24 +310,10 @@ class PixtralAttentionLayer(nnx.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class PixtralTransformer(nnx.Module):
+class PixtralTransformer(VisionEncoder):
     """A stack of layers that can stop early."""
 
-    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            PixtralAttentionLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)
-        )
-
-    def __call__(
-        self, x: Float[Array, "B T D"], rotary: RotaryTable, intervals: RowIntervals, layers: Sequence[int]
-    ) -> tuple[Float[Array, "B T D"], ...]:
-        """The hidden states numbered ``layers``, in their order; 0 is the input, -1 the last layer's output."""
-        count = len(self.layers) + 1
-        wanted = [index % count for index in layers]
-        states = [x]
-        for layer in self.layers[: max(wanted)]:
-            states.append(call_layer(layer, states[-1], rotary, intervals))
-        return tuple(states[index] for index in wanted)
+    layer_class = PixtralAttentionLayer
 
 
 class PixtralVisionModel(nnx.Module):
@@ -345,10 +335,9 @@ class PixtralVisionModel(nnx.Module):
         layers: Sequence[int],
     ) -> tuple[Float[Array, "B T D"], ...]:
         """Hidden states of the tower at ``layers``; the arrays are those of `patches_of`."""
-        kernel = self.patch_conv.kernel[...]
-        x = self.ln_pre(pixel_values.astype(kernel.dtype) @ kernel)
+        x = self.ln_pre(self.patch_conv.of_patches(pixel_values))
         rotary = axial_rotary_table(self.config, patch_positions)
-        return self.transformer(x, rotary, RowIntervals(jnp.zeros_like(kv_stop), kv_stop), layers)
+        return self.transformer(x, layers, rotary, RowIntervals(jnp.zeros_like(kv_stop), kv_stop))
 
 
 @MULTIMODAL_REGISTRY.register_image_input_mapper(map_images)
@@ -419,12 +408,6 @@ class PixtralForConditionalGeneration(LlavaForConditionalGeneration):
                 is_image = input_ids == self.config.image_token_index
                 inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
-
-
-def feature_layers(config) -> tuple[int, ...]:
-    """Layers of the tower whose hidden states go to the projector side by side."""
-    layer = config.vision_feature_layer
-    return (layer,) if isinstance(layer, int) else tuple(layer)
 
 
 def _norm(config, *, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:

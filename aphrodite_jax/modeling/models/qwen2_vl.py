@@ -36,6 +36,7 @@ from aphrodite_jax.inputs.placeholders import Tokens
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.norms import layer_norm
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary
 from aphrodite_jax.modeling.layers.stack import call_layer
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
@@ -68,8 +69,8 @@ __all__ = [
     "VisionMLP",
     "VisionPatchEmbed",
     "axial_rotary_table",
-    "layer_norm",
     "tower_width",
+    "vision_norm",
 ]
 
 EPSILON = 1e-6
@@ -101,8 +102,7 @@ class FlatPatchEmbed(PatchEmbed):
 
     def __call__(self, patches: Float[Array, "B T pixels"]) -> Float[Array, "B T D"]:
         """Rows of patches."""
-        x = patches.astype(self.kernel[...].dtype) @ self.kernel[...]
-        return x if self.bias is None else x + self.bias[...][None, None]
+        return self.of_patches(patches)
 
 
 class VisionPatchEmbed(nnx.Module):
@@ -148,16 +148,15 @@ class VisionMLP(nnx.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def layer_norm(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm; two passes for the variance, since one loses digits that parity needs."""
-    kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-    return nnx.LayerNorm(width, epsilon=EPSILON, use_fast_variance=False, **kw)
+def vision_norm(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm of the tower."""
+    return layer_norm(width, EPSILON, dtype=dtype, rngs=rngs)
 
 
 class VisionBlock(nnx.Module):
     """Attention and feed-forward, each after a norm and added to what came in."""
 
-    norm: ClassVar[Callable[..., nnx.Module]] = staticmethod(layer_norm)
+    norm: ClassVar[Callable[..., nnx.Module]] = staticmethod(vision_norm)
     mlp_class: ClassVar[type] = VisionMLP
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
@@ -176,7 +175,7 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """The patches of each square to a row as wide as the language model."""
 
-    norm: ClassVar[Callable[..., nnx.Module]] = staticmethod(layer_norm)
+    norm: ClassVar[Callable[..., nnx.Module]] = staticmethod(vision_norm)
 
     def __init__(self, config, out_width: int, *, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}

@@ -37,8 +37,8 @@ from aphrodite_jax.modeling.models.qwen2_vl import (
     Qwen2VLVisionTower,
     VisionBlock,
     VisionPatchEmbed,
-    layer_norm,
     tower_width,
+    vision_norm,
 )
 from aphrodite_jax.modeling.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from aphrodite_jax.modeling.models.qwen_vl_inputs import PixelLimits, Squares, VideoLimits
@@ -183,7 +183,7 @@ class Qwen3VLPatchMerger(nnx.Module):
     def __init__(self, config, *, norms_squares: bool, dtype, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.norms_squares, self.width = norms_squares, config.hidden_size * config.spatial_merge_size**2
-        self.norm = layer_norm(self.width if norms_squares else config.hidden_size, dtype=dtype, rngs=rngs)
+        self.norm = vision_norm(self.width if norms_squares else config.hidden_size, dtype=dtype, rngs=rngs)
         self.act = activation("gelu")
         self.linear_fc1 = nnx.Linear(self.width, self.width, **kw)
         self.linear_fc2 = nnx.Linear(self.width, config.out_hidden_size, **kw)

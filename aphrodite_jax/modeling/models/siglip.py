@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 from aphrodite_jax.modeling.models.clip import VisionEncoder, check_image_size, vision_norm
 
-__all__ = ["SiglipVisionModel"]
+__all__ = ["SiglipVisionEmbeddings", "SiglipVisionModel"]
 
 
 class SiglipVisionEmbeddings(nnx.Module):
