@@ -5,7 +5,7 @@ from aphrodite_jax.inputs.data import DummyData, LLMInputs, PlacedItem, Placehol
 from aphrodite_jax.inputs.end_tokens import end_token_ids
 from aphrodite_jax.inputs.placeholders import dummy_prompt, dummy_prompt_of, expand_items, expand_placeholders
 from aphrodite_jax.inputs.registry import INPUT_REGISTRY, InputRegistry
-from aphrodite_jax.inputs.tokenizer import load_tokenizer
+from aphrodite_jax.inputs.tokenizer import load_tokenizer, text_tokens
 from aphrodite_jax.multimodal.context import InputContext
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "expand_placeholders",
     "load_tokenizer",
     "render_chat",
+    "text_tokens",
 ]

@@ -1,15 +1,19 @@
 """The checkpoint's Hugging Face tokenizer."""
 
+import functools
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers.utils.hub import cached_file
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
+from aphrodite_jax.multimodal.hf_processors import OncePerConfig
 
-__all__ = ["load_tokenizer", "optional_file"]
+__all__ = ["TextTokens", "load_tokenizer", "optional_file", "text_tokens"]
 
 
 def load_tokenizer(model_config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
@@ -31,6 +35,32 @@ def load_tokenizer(model_config: ModelConfig) -> transformers.PreTrainedTokenize
             f"can't load a tokenizer from {name!r}: {type(error).__name__}: {reason[:400]}. Give its directory or hub "
             "id with tokenizer="
         ) from error
+
+
+class TextTokens:
+    """Token ids of texts that a model's input functions add to a prompt; each text is tokenized once.
+
+    A fast tokenizer refuses to serve two threads at a time; this serves any number.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
+        self.tokenizer: Any = tokenizer
+        self._lock = threading.Lock()
+        self._kept = functools.lru_cache(maxsize=4096)(self._tokenize)
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """Its token ids, without special tokens round them."""
+        return self._kept(text)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@OncePerConfig
+def text_tokens(model_config: ModelConfig) -> TextTokens:
+    """Those of the checkpoint's tokenizer."""
+    return TextTokens(load_tokenizer(model_config))
 
 
 def _legacy_chat_template(name: str, revision: str | None) -> str | None:

@@ -1,13 +1,14 @@
 """The tokenizer of a checkpoint, and the tokens that end its answers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import llava_files
 import pytest
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
-from aphrodite_jax.inputs import end_token_ids, load_tokenizer
+from aphrodite_jax.inputs import end_token_ids, load_tokenizer, text_tokens
 
 
 def write(directory, *, generation="absent", **text_fields) -> ModelConfig:
@@ -112,3 +113,12 @@ def test_a_hub_that_refuses_an_optional_file_is_no_missing_file(llava, monkeypat
     monkeypatch.setattr("aphrodite_jax.inputs.tokenizer.cached_file", refuse)
     with pytest.raises(ConfigError, match="gated repo"):
         end_token_ids(ModelConfig(model=llava))
+
+
+def test_texts_are_tokenized_once_and_from_any_thread():
+    tokens = text_tokens(ModelConfig())
+    texts = [f"text number {index % 7}" for index in range(200)]
+    expected = [tuple(tokens.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokens, texts)) == expected
+    assert text_tokens(ModelConfig()) is not tokens

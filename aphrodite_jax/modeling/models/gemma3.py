@@ -16,7 +16,7 @@ that; ahead to the end of their run. All else is causal.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -36,7 +36,7 @@ from aphrodite_jax.inputs import (
     LLMInputs,
     PlaceholderRange,
     dummy_prompt,
-    load_tokenizer,
+    text_tokens,
 )
 from aphrodite_jax.modeling.models.gemma import Gemma2DecoderLayer, GemmaForCausalLM, GemmaRMSNorm
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
@@ -226,10 +226,7 @@ class _Words:
 
     LONGEST = 32
 
-    def __init__(self, tokenizer):
-        def tokens(text):
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+    def __init__(self, tokens: Callable[[str], tuple[int, ...]]):
         self.before_whole = tokens("Here is the original image \n\n")
         self.before_crops = tokens("\n\n and here are some crops to help you see better \n\n")
         self.between_crops = tokens("\n\n \n\n")
@@ -246,7 +243,7 @@ class _Words:
 @OncePerConfig
 def words_of(model_config: ModelConfig) -> _Words:
     """The checkpoint's tokens of the texts round an image."""
-    return _Words(load_tokenizer(model_config))
+    return _Words(text_tokens(model_config))
 
 
 class _Writer:

@@ -15,7 +15,6 @@ The two models differ in nothing but the names of their configs and processors. 
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -36,7 +35,7 @@ from aphrodite_jax.inputs import (
     LLMInputs,
     dummy_prompt,
     expand_items,
-    load_tokenizer,
+    text_tokens,
 )
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
 from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
@@ -166,15 +165,13 @@ def text_of_tiles(grid: tuple[int, int], image_token: str) -> str:
 @OncePerConfig
 def tile_tokens(model_config: ModelConfig) -> Callable[[tuple[int, int]], tuple[int, ...]]:
     """Grid to the token ids of its `text_of_tiles`, each tokenized once."""
-    tokenizer = load_tokenizer(model_config)
-    lock = threading.Lock()  # a fast tokenizer refuses to serve two threads
+    tokens_of = text_tokens(model_config)
     image_token_id = model_config.hf_config.image_token_id
-    image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
+    image_token = str(tokens_of.tokenizer.convert_ids_to_tokens(image_token_id))
 
     @functools.cache
     def tokens(grid: tuple[int, int]) -> tuple[int, ...]:
-        with lock:
-            ids = tuple(tokenizer(text_of_tiles(grid, image_token), add_special_tokens=False)["input_ids"])
+        ids = tokens_of(text_of_tiles(grid, image_token))
         tiles = 1 + grid[0] * grid[1]
         if ids.count(image_token_id) != tiles:
             raise ConfigError(

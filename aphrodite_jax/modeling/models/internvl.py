@@ -15,7 +15,6 @@ behind a line end, where the chat template puts a video.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -36,7 +35,7 @@ from aphrodite_jax.inputs import (
     LLMInputs,
     dummy_prompt_of,
     expand_items,
-    load_tokenizer,
+    text_tokens,
 )
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
@@ -135,8 +134,8 @@ def size_of_most_tiles(ctx: InputContext) -> tuple[int, int]:
 @OncePerConfig
 def media_text(model_config: ModelConfig) -> Callable[[int], tuple[int, ...]]:
     """Number of frames to the tokens of a video of so many, with one image token for each frame's rows; 0: an image."""
-    tokenizer = load_tokenizer(model_config)
-    lock = threading.Lock()  # a fast tokenizer refuses to serve two threads
+    tokens_of = text_tokens(model_config)
+    tokenizer = tokens_of.tokenizer
     image_token_id = model_config.hf_config.image_token_id
     start, end = _special_token(tokenizer, "start_image_token"), _special_token(tokenizer, "end_image_token")
     tile = f"{start}{tokenizer.convert_ids_to_tokens(image_token_id)}{end}"
@@ -144,8 +143,7 @@ def media_text(model_config: ModelConfig) -> Callable[[int], tuple[int, ...]]:
     @functools.cache
     def tokens(frames: int) -> tuple[int, ...]:
         text = "\n".join(f"Frame{index + 1}: {tile}" for index in range(frames)) if frames else tile
-        with lock:
-            ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tokens_of(text)
         if ids.count(image_token_id) != max(frames, 1):
             raise ConfigError(
                 f"the tokenizer does not keep the token of image_token_id {image_token_id} whole in {tile!r}: it must "
@@ -159,7 +157,7 @@ def media_text(model_config: ModelConfig) -> Callable[[int], tuple[int, ...]]:
 @OncePerConfig
 def video_token_id(model_config: ModelConfig) -> int:
     """The token that stands for a video in a prompt."""
-    tokenizer: Any = load_tokenizer(model_config)
+    tokenizer = text_tokens(model_config).tokenizer
     return tokenizer.convert_tokens_to_ids(_special_token(tokenizer, "video_token"))
 
 

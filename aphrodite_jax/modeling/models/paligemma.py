@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 from PIL import Image
 
-from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import (
     INPUT_REGISTRY,
@@ -27,13 +26,12 @@ from aphrodite_jax.inputs import (
     LLMInputs,
     dummy_prompt,
     expand_items,
-    load_tokenizer,
+    text_tokens,
 )
 from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
 from aphrodite_jax.modeling.models.siglip import SiglipVisionModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, embedding_rows
-from aphrodite_jax.multimodal.hf_processors import OncePerConfig
 
 __all__ = ["PaliGemmaForConditionalGeneration"]
 
@@ -55,7 +53,7 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
     """As many images as allowed, each behind its placeholder token, then padding up to ``seq_len`` tokens."""
     config = _config(ctx)
     images = [Image.new("RGB", (config.vision_config.image_size,) * 2)] * mm_counts["image"]
-    added = 1 + len(newline_tokens(ctx.model_config))  # by `lay_out`
+    added = 1 + len(text_tokens(ctx.model_config)("\n"))  # by `lay_out`
     return dummy_prompt(seq_len - added, "image", config.image_token_index, images, num_image_tokens(config))
 
 
@@ -74,18 +72,12 @@ def lay_out(ctx: InputContext, inputs: LLMInputs) -> LLMInputs:
     last = max((place for place, token in enumerate(tokens) if token == config.image_token_index), default=-1)
     tokens[last + 1 : last + 1] = [bos]
     laid_out = LLMInputs(
-        prompt_token_ids=(*tokens, *newline_tokens(ctx.model_config)),
+        prompt_token_ids=(*tokens, *text_tokens(ctx.model_config)("\n")),
         prompt=inputs.prompt,
         multi_modal_data=inputs.multi_modal_data,
     )
     lengths = [embedding_rows(image) or num_image_tokens(config) for image in images]
     return expand_items(laid_out, "image", config.image_token_index, lengths)
-
-
-@OncePerConfig
-def newline_tokens(model_config: ModelConfig) -> tuple[int, ...]:
-    """The tokens of a newline, which ends a prompt."""
-    return tuple(load_tokenizer(model_config)("\n", add_special_tokens=False)["input_ids"])
 
 
 def _config(ctx: InputContext) -> Any:

@@ -50,6 +50,7 @@ from aphrodite_jax.modeling.models.llava import (
 )
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
+from aphrodite_jax.multimodal.shapes import next_step
 from kernels_pallas.intervals import RowIntervals
 
 __all__ = ["PixtralForConditionalGeneration", "PixtralVisionModel"]
@@ -204,8 +205,11 @@ def padded_rows(config) -> list[int]:
     """Numbers of rows that images are padded to, ascending: 64, 96, 128, 192 and so on, and the most that one has."""
     square = merge_size(config) ** 2
     most = math.ceil(config.vision_config.image_size / row_side(config)) ** 2
-    steps = [count for k in range(1, 31) for count in (2**k, 3 * 2 ** (k - 1))]
-    return [*(count for count in steps if count * square >= FEWEST_PATCHES and count < most), most]
+    rows, count = [], next_step(-(-FEWEST_PATCHES // square))
+    while count < most:
+        rows.append(count)
+        count = next_step(count + 1)
+    return [*rows, most]
 
 
 def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

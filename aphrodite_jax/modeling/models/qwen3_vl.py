@@ -14,9 +14,7 @@ so that they are like images in the language model. What a chat template sets ar
 of it, as in Hugging Face. The frames of a video share one limit of pixels.
 """
 
-import functools
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -24,9 +22,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError
-from aphrodite_jax.inputs import InputContext, load_tokenizer
+from aphrodite_jax.inputs import InputContext, text_tokens
 from aphrodite_jax.inputs.placeholders import Tokens
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.models import qwen_vl_inputs
@@ -43,7 +40,6 @@ from aphrodite_jax.modeling.models.qwen2_vl import (
 from aphrodite_jax.modeling.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from aphrodite_jax.modeling.models.qwen_vl_inputs import PixelLimits, Squares, VideoLimits
 from aphrodite_jax.multimodal import Video
-from aphrodite_jax.multimodal.hf_processors import OncePerConfig
 
 __all__ = ["Qwen3VLForConditionalGeneration", "Qwen3VLVisionTower"]
 
@@ -113,22 +109,8 @@ def frame_limits(limits: VideoLimits, num_frames: int) -> PixelLimits:
     )
 
 
-@OncePerConfig
-def tokens_of_text(model_config: ModelConfig) -> Callable[[str], tuple[int, ...]]:
-    """Text to token ids, each tokenized once."""
-    tokenizer = load_tokenizer(model_config)
-    lock = threading.Lock()  # a fast tokenizer refuses to serve two threads
-
-    @functools.lru_cache(maxsize=4096)
-    def tokens(text: str) -> tuple[int, ...]:
-        with lock:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return tokens
-
-
 def _tokens_of_time(ctx: InputContext, seconds: float) -> tuple[int, ...]:
-    return tokens_of_text(ctx.model_config)(f"<{seconds:.1f} seconds>")
+    return text_tokens(ctx.model_config)(f"<{seconds:.1f} seconds>")
 
 
 def times_of_layers(video: Video, num_layers: int) -> list[float]:

@@ -30,6 +30,7 @@ from aphrodite_jax.inputs.placeholders import Tokens
 from aphrodite_jax.multimodal import MultiModalInputs, Video, embedding_rows
 from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
+from aphrodite_jax.multimodal.shapes import next_step
 from aphrodite_jax.multimodal.video import frame_sampling, video_processor_options
 from kernels_pallas.intervals import runs, segments
 
@@ -340,9 +341,7 @@ def largest_video(ctx: InputContext, room: int) -> tuple[int, int, tuple[int, in
 
 def padded_rows(rows: int) -> int:
     """Rows that so many are padded to: 16, 24, 32, 48, 64, 96, and so on."""
-    rows = max(rows, FEWEST_ROWS)
-    power = 2 ** (rows - 1).bit_length()
-    return power * 3 // 4 if rows <= power * 3 // 4 else power
+    return next_step(max(rows, FEWEST_ROWS))
 
 
 def pad_media(config, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
