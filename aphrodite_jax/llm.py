@@ -22,6 +22,7 @@ from aphrodite_jax.engine.sequence import PreparedPrompt
 from aphrodite_jax.errors import ConfigError, RequestError
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS
 from aphrodite_jax.inputs import render_chat
+from aphrodite_jax.inspection import Capture, Explanation, capture, explain
 from aphrodite_jax.outputs import RequestOutput
 from aphrodite_jax.sampling_params import SamplingParams
 
@@ -189,6 +190,57 @@ class LLM:
           make_prompt: gives the prompt, in that thread: opening its media may take a while.
         """
         return self._pool.submit(lambda: self.engine.prepare(make_prompt()))
+
+    def explain(self, prompt: Prompt) -> Explanation:
+        """What becomes of a prompt as things stand, without running it.
+
+        Its tokens, where its media stand, what each row sees, the steps in which it would be computed, and what of it
+        the caches hold already. Printed it is text; a notebook shows it in colours.
+
+        Raises:
+          RequestError: the prompt can't be served.
+        """
+        return explain(self.engine, prompt)
+
+    def capture(
+        self,
+        prompt: Prompt,
+        continuation: Sequence[int] = (),
+        *,
+        hidden_states: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        attention_rows: Sequence[int] | None = None,
+        logit_lens: Sequence[int] = (),
+        top_k: int = 5,
+    ) -> Capture:
+        """What the model computes for a prompt, and for tokens behind it, in chosen layers.
+
+        It runs apart from the engine, whole and without caches; programs are compiled as they are needed.
+
+        Args:
+          prompt: as for `generate`.
+          continuation: token ids that follow it: ``output.outputs[0].token_ids``, say.
+          hidden_states: 0 for what goes into the first decoder layer, ``n`` for what comes out of layer ``n - 1``, -1
+            for what comes out of the last, before the last norm.
+          attention: decoder layers, from 0 or, backwards, from -1.
+          attention_rows: tokens, from 0 or backwards, of which attention is kept; None is the last one.
+          logit_lens: as ``hidden_states``: what the model would say next if its layers ended there
+            (nostalgebraist, "interpreting GPT: the logit lens", 2020).
+          top_k: tokens of each row that the lens names.
+
+        Raises:
+          RequestError: the prompt can't be served, or a layer or row is not there.
+        """
+        return capture(
+            self.engine,
+            prompt,
+            continuation,
+            hidden_states=hidden_states,
+            attention=attention,
+            attention_rows=attention_rows,
+            logit_lens=logit_lens,
+            top_k=top_k,
+        )
 
     def describe(self) -> str:
         """The model, which attention runs, where the device's memory goes, and the programs that were compiled."""

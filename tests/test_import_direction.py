@@ -13,7 +13,8 @@ INPUTS = PLAIN | {"multimodal", "inputs"}
 MODELING = INPUTS | {"modeling", "kernels_pallas"}
 EXECUTOR = MODELING | {"sampling", "executor"}
 ENGINE = EXECUTOR | {"engine"}
-LLM = ENGINE | {"llm"}
+INSPECTION = ENGINE | {"inspection"}
+LLM = INSPECTION | {"llm"}
 BATCH = LLM | {"batch"}
 CLI = BATCH | {"cli", "aphrodite_jax"}
 TESTING = ENGINE | {"testing"}
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     "modeling": MODELING,
     "executor": EXECUTOR,
     "engine": ENGINE,
+    "inspection": INSPECTION,
     "llm": LLM,
     "batch": BATCH,
     "cli": CLI,

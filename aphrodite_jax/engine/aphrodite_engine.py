@@ -183,19 +183,7 @@ class AphroditeEngine:
         check_sampling_params(params, vocab_size=self.runner.vocab_size, end_token_ids=tuple(self.end_token_ids))
         number, self._num_requests = self._num_requests, self._num_requests + 1
         sequences = tuple(
-            Sequence(
-                f"{request_id}/{index}",
-                prepared,
-                params,
-                seed=_seed(params.seed, self.model_config.seed, number, index),
-                mask_specs=self.runner.mask_specs,
-                detokenizer=Detokenizer(
-                    self.tokenizer, skip_special_tokens=params.skip_special_tokens, stop=params.stop
-                ),
-                max_length=min(len(prepared.token_ids) + params.max_tokens, self.runner.context_length),
-                ends_by_length=_ends_by_length(params),
-            )
-            for index in range(params.n)
+            self._sequence(f"{request_id}/{index}", prepared, params, (number, index)) for index in range(params.n)
         )
         for sequence in sequences:
             self.scheduler.add(sequence)
@@ -209,6 +197,31 @@ class AphroditeEngine:
             arrived=arrived,
         )
         self.stats.requests += 1
+
+    def _sequence(
+        self, sequence_id: str, prepared: PreparedPrompt, params: SamplingParams, number: tuple[int, int]
+    ) -> Sequence:
+        """Of answer ``number[1]`` to request ``number[0]``."""
+        return Sequence(
+            sequence_id,
+            prepared,
+            params,
+            seed=_seed(params.seed, self.model_config.seed, *number),
+            mask_specs=self.runner.mask_specs,
+            detokenizer=Detokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens, stop=params.stop),
+            max_length=min(len(prepared.token_ids) + params.max_tokens, self.runner.context_length),
+            ends_by_length=_ends_by_length(params),
+        )
+
+    def preview(self, prepared: PreparedPrompt) -> list[tuple[int, int]]:
+        """The chunks ``[begin, end)`` in which a prompt would be computed now if it came alone; changes nothing.
+
+        The first begins behind the pages that hold the prompt's first tokens already.
+
+        Raises:
+          RequestError: rows that see each other don't fit in one step.
+        """
+        return self.scheduler.preview(self._sequence("preview", prepared, SamplingParams(), (0, 0)))
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free what it holds; what it has so far, or None where the id is not in use."""

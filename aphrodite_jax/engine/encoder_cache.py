@@ -28,6 +28,10 @@ class EncoderCache:
         self._num_unpinned_rows = 0
         self._pins: dict[str, set[str]] = {}  # user to the hashes it pins
 
+    def __contains__(self, content_hash: str) -> bool:
+        """Whether an entry has rows; no use of it."""
+        return content_hash in self._entries
+
     def lookup(self, content_hash: str) -> np.ndarray | None:
         """Rows of an entry in order, int32, not to be written to; None where there is none. Counts as a use."""
         entry = self._entries.get(content_hash)

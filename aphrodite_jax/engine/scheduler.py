@@ -94,13 +94,32 @@ class Scheduler:
         Raises:
           RequestError: one of its chunks could not fit in a step.
         """
+        self._check(sequence)
+        self.waiting.append(sequence)
+
+    def preview(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """The chunks ``[begin, end)`` in which the sequence would be prefilled now if it were alone; changes nothing.
+
+        The first begins behind the pages that stand there already.
+
+        Raises:
+          RequestError: as `add`.
+        """
+        self._check(sequence)
+        chunks, begin = [], len(self._shared_keys(sequence)) * self.blocks.page_size
+        while begin < len(sequence):
+            end = self._chunk_end(sequence, begin, self._token_budget)
+            chunks.append((begin, end))
+            begin = end
+        return chunks
+
+    def _check(self, sequence: Sequence) -> None:
         need = _longest_chunk(sequence)
         if -(-need // self._tile_size) * self._tile_size > self._token_budget:
             raise RequestError(
                 f"{need} rows of the prompt see each other and must be computed in one step; max_num_batched_tokens "
                 f"allows {self._token_budget}: raise it"
             )
-        self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""
@@ -217,16 +236,21 @@ class Scheduler:
 
     def _take_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Add the longest chunk that fits; returns the budget that is left."""
-        room = budget // self._tile_size * self._tile_size
         begin = sequence.num_computed
-        end = min(len(sequence), begin + room)
-        if begin < end < sequence.prompt_length:
-            ends = begin + 1 + np.flatnonzero(sequence.prompt.may_end[begin:end])
-            end = int(ends[-1]) if len(ends) else begin
+        end = self._chunk_end(sequence, begin, budget)
         if end == begin:
             return budget
         chunks.append(Chunk(sequence, begin, end, end == len(sequence)))
         return budget - -(-(end - begin) // self._tile_size) * self._tile_size
+
+    def _chunk_end(self, sequence: Sequence, begin: int, budget: int) -> int:
+        """Where the longest chunk from ``begin`` on ends that fits in the budget; ``begin`` where none does."""
+        room = budget // self._tile_size * self._tile_size
+        end = min(len(sequence), begin + room)
+        if begin < end < sequence.prompt_length:
+            ends = begin + 1 + np.flatnonzero(sequence.prompt.may_end[begin:end])
+            end = int(ends[-1]) if len(ends) else begin
+        return end
 
     def _place_media(self, sequence: Sequence) -> list[tuple[MediaItem, np.ndarray]] | None:
         """Pin the media of rows to compute in the encoder cache; what must be encoded, or None if there is no room."""

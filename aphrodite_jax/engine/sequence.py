@@ -70,6 +70,31 @@ class PreparedPrompt:
         """Whether a chunk may end after each token ``[T]``: no row before sees past it, under any mask kind."""
         return np.logical_and.reduce([ends_cleanly(rows.stop) for rows in self.intervals.values()])
 
+    def positions_of(self, begin: int, end: int) -> np.ndarray | None:
+        """Positions ``[axes, end - begin]`` of the tokens ``[begin, end)`` of prompt and answer.
+
+        None where rows are numbered through.
+        """
+        if self.positions is None:
+            return None
+        split = min(max(begin, len(self.token_ids)), end)
+        answer = np.arange(split, end, dtype=np.int32) + np.int32(self.position_offset)
+        prompt = self.positions[:, begin:split]
+        return np.concatenate([prompt, np.broadcast_to(answer, (len(prompt), end - split))], axis=1)
+
+    def intervals_of(self, mask_specs: Mapping[str, MaskSpec], begin: int, end: int) -> dict[str, RowIntervals]:
+        """Row intervals of the tokens ``[begin, end)`` of prompt and answer: the prompt's own, then causal ones."""
+        split = min(max(begin, len(self.token_ids)), end)
+        result = {}
+        for kind, spec in mask_specs.items():
+            prompt = self.intervals[kind]
+            answer = causal(end - split, offset=split, window=spec.window)
+            result[kind] = RowIntervals(
+                np.concatenate([prompt.start[begin:split], answer.start]),
+                np.concatenate([prompt.stop[begin:split], answer.stop]),
+            )
+        return result
+
 
 class SequenceStatus(enum.Enum):
     """Where a sequence is on its way."""
@@ -157,22 +182,8 @@ class Sequence:
 
     def positions(self, begin: int, end: int) -> np.ndarray | None:
         """Positions ``[axes, end - begin]`` of the tokens ``[begin, end)``; None where rows are numbered through."""
-        if self.prompt.positions is None:
-            return None
-        split = min(max(begin, self.prompt_length), end)
-        answer = np.arange(split, end, dtype=np.int32) + np.int32(self.prompt.position_offset)
-        prompt = self.prompt.positions[:, begin:split]
-        return np.concatenate([prompt, np.broadcast_to(answer, (len(prompt), end - split))], axis=1)
+        return self.prompt.positions_of(begin, end)
 
     def intervals(self, begin: int, end: int) -> dict[str, RowIntervals]:
         """Row intervals of the tokens ``[begin, end)``: the prompt's own, then causal ones."""
-        split = min(max(begin, self.prompt_length), end)
-        result = {}
-        for kind, spec in self._mask_specs.items():
-            prompt = self.prompt.intervals[kind]
-            answer = causal(end - split, offset=split, window=spec.window)
-            result[kind] = RowIntervals(
-                np.concatenate([prompt.start[begin:split], answer.start]),
-                np.concatenate([prompt.stop[begin:split], answer.stop]),
-            )
-        return result
+        return self.prompt.intervals_of(self._mask_specs, begin, end)

@@ -27,6 +27,7 @@ from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
 from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_down, round_up
+from aphrodite_jax.executor.observation import ObservedModel
 from aphrodite_jax.executor.programs import CompileJob, Programs
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from aphrodite_jax.modeling.models.interfaces import position_axes, supports_multimodal
@@ -103,6 +104,16 @@ class ModelRunner:
         self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
         self._find_media_shapes = media_shapes
         self._allocate_pages(engine_config)
+
+    @functools.cached_property
+    def observed_model(self) -> ObservedModel:
+        """The model, to be looked into apart from the engine's programs."""
+        return ObservedModel(self._graphdef, self._params)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self._kv_shapes)
 
     # Start-up.
 

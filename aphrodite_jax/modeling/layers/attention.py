@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from aphrodite_jax.modeling.layers.observer import current_observer
 from kernels_pallas import interval_attention, kv_write, paged_attention
 from kernels_pallas.intervals import RowIntervals
 
@@ -69,6 +70,9 @@ def attend(
     """
     start, stop = map(jnp.asarray, metadata.intervals[mask])
     if kv_cache is None:
+        observer = current_observer()
+        if observer is not None:
+            observer.see_attention(q, k, RowIntervals(start, stop), scale=scale, soft_cap=soft_cap)
         rows = RowIntervals(start[None], stop[None])
         return attend_batch(q[None], k[None], v[None], rows, scale=scale, soft_cap=soft_cap)[0], None
     paged = metadata.paged

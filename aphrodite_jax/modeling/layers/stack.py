@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from aphrodite_jax.modeling.layers.observer import current_observer
+
 __all__ = ["call_layer", "in_parts"]
 
 
@@ -21,6 +23,9 @@ def call_layer(layer: nnx.Module, *args: Any) -> Any:
 
     What the call would change in the layer itself is lost.
     """
+    observer = current_observer()
+    if observer is not None:  # what it sees must not stay behind in a trace of its own
+        return observer.call(layer, args)
     graphdef, state = nnx.split(layer)
     return _call(graphdef, state, args)
 

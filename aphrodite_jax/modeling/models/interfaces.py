@@ -43,7 +43,9 @@ class LanguageModel(Protocol):
     Class attributes:
       weight_rules: how checkpoint names become parameter paths.
 
-    A class may have ``traits``, a tuple of what sets it apart, in a few words each, for lists of models.
+    A class may have ``traits``, a tuple of what sets it apart, in a few words each, for lists of models; and a method
+    ``final_norm(hidden_states [T, D])``, the norm behind its last layer, with which `LLM.capture` reads what stands
+    between the layers as tokens.
     """
 
     weight_rules: ClassVar[tuple[WeightRule, ...]]

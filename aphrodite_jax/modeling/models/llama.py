@@ -234,6 +234,10 @@ class LlamaForCausalLM(nnx.Module):
             inputs_embeds = self.embed_input_ids(input_ids)
         return self.model(inputs_embeds, positions, kv_caches, attn_metadata)
 
+    def final_norm(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The norm behind the last layer, of hidden states from between the layers."""
+        return self.model.norm(hidden_states)
+
     def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Next-token logits, in float32."""
         if self.config.tie_word_embeddings:

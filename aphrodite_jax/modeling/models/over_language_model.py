@@ -63,6 +63,10 @@ class OverLanguageModel(nnx.Module, SupportsMultiModal):
         """Token embeddings; ids past the vocabulary (an image token may be one) give some row, to be replaced."""
         return self.language_model.embed_input_ids(jnp.minimum(input_ids, self.config.text_config.vocab_size - 1))
 
+    def final_norm(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The norm behind the language model's last layer."""
+        return self.language_model.final_norm(hidden_states)
+
     def compute_logits(self, hidden_states: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Next-token logits, in float32."""
         return self.language_model.compute_logits(hidden_states)
