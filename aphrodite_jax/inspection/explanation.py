@@ -32,11 +32,11 @@ class ExplainedItem:
     is_encoded: bool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
     """What becomes of a request, as things stand; nothing was computed for it.
 
-    ``str()`` is a text for terminals; a notebook shows it as coloured tokens with a picture of each mask.
+    Printed it is a text for terminals; a notebook shows it as coloured tokens with a picture of each mask.
 
     Attributes:
       prompt: its text, if it came as text.
@@ -61,7 +61,7 @@ class Explanation:
         """Tokens at the beginning whose keys and values stand in pages already."""
         return self.chunks[0][0]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         from aphrodite_jax.inspection.text import explanation_text
 
         return explanation_text(self)
