@@ -4,8 +4,8 @@
     python scripts/make_notebooks.py --check          # run them; write nothing; fail where a pair differs
     python scripts/make_notebooks.py 1_ask_a_picture  # of these alone
 
-What is edited are the ``.py`` files (Jupytext's percent format); what is opened in Colab are the ``.ipynb`` files. Needs
-the extra ``notebooks``.
+What is edited are the ``.py`` files (Jupytext's percent format); what is opened in Colab are the ``.ipynb`` files.
+Needs the extra ``notebooks``.
 """
 
 import argparse

@@ -149,6 +149,7 @@ def test_nothing_compiles_after_warm_up(llm):
     assert compiled == []
 
 
+@pytest.mark.once
 def test_pages_that_run_out(directory, llm):
     """With pages for one long request and a half, sequences are preempted and their answers stay the same."""
     prompts = [text_prompt(seed, 20) for seed in range(4)]
@@ -172,6 +173,7 @@ def test_equal_images_are_encoded_once(llm, monkeypatch):
     assert len(encoded) == 2
 
 
+@pytest.mark.once
 def test_embeddings_in_place_of_an_image(directory, llm):
     """The rows that the model makes of an image, given by the user, lead to the same answer."""
     config = ModelConfig(model=directory, dtype="float32")
@@ -383,6 +385,7 @@ def test_models_and_options_that_are_not_there(directory, tmp_path):
         make_llm(directory, limit_mm_per_prompt={"audio": 1})
 
 
+@pytest.mark.once
 def test_the_start_tells_which_attention_runs_and_where_the_memory_goes(capsys, monkeypatch, directory):
     monkeypatch.setattr(ModelRunner, "warm_up", lambda self, show_progress: None)
     make_llm(directory, show_progress=True, max_encode_items=1)
@@ -391,6 +394,7 @@ def test_the_start_tells_which_attention_runs_and_where_the_memory_goes(capsys, 
     assert "encoder cache" in told
 
 
+@pytest.mark.once
 def test_pages_leave_room_for_the_hungrier_program(directory, monkeypatch):
     """As on an accelerator, whose memory is what it is."""
     monkeypatch.setattr(memory, "device_limit", lambda device, fraction: 64 * 2**20)
@@ -413,6 +417,7 @@ def test_pages_leave_room_for_the_hungrier_program(directory, monkeypatch):
     assert 0 < fewer <= 2**24 // page
 
 
+@pytest.mark.once
 def test_describe_names_model_and_memory(llm, directory):
     text = llm.describe()
     assert str(directory) in text
@@ -422,6 +427,7 @@ def test_describe_names_model_and_memory(llm, directory):
         assert f"\n{program.name} " in text
 
 
+@pytest.mark.once
 def test_stats_count_what_was_done(directory):
     llm = make_llm(directory, warm_up=False)
     prompts = [image_prompt(1), image_prompt(1), text_prompt(1, 20)]

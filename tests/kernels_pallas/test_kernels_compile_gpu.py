@@ -16,8 +16,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("card", gpu.CARDS)
-@pytest.mark.parametrize("model", MODELS)
+# The card with the least shared memory gets all; `kernels_pallas.bench` compiles all for every card.
+@pytest.mark.parametrize(
+    ("model", "card"), [*((model, "l4") for model in MODELS), ("Llama 3", "a100"), ("Gemma 3", "h100")]
+)
 def test_compiles(model, card):
     got = gpu.run({"build": BUILD + "dense_training", "target": card, "arguments": MODELS[model]})
     assert "error" not in got, got["error"]
