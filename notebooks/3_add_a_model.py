@@ -24,7 +24,6 @@ from PIL import Image
 
 from aphrodite_jax import register_model
 from aphrodite_jax.inputs import INPUT_REGISTRY, dummy_prompt, expand_items
-from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader import WeightRule
 from aphrodite_jax.modeling.models.interfaces import SupportsMultiModal
 from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
@@ -75,11 +74,8 @@ class Mosaic(nnx.Module, SupportsMultiModal):
 
     def __call__(self, input_ids, positions, kv_caches, attn_metadata, pixel_values=None, *, inputs_embeds=None):
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            if pixel_values is not None:
-                rows = self.embed_multimodal(pixel_values)["image"].reshape(-1, self.config.hidden_size)
-                is_tile = input_ids == self.config.image_token_index
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_tile, rows)
+            media = {} if pixel_values is None else self.embed_multimodal(pixel_values)
+            inputs_embeds = self.embed_with_media(input_ids, media)  # rows in the places of image_token_index
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states):

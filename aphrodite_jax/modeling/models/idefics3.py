@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
@@ -38,7 +37,6 @@ from aphrodite_jax.inputs import (
     text_tokens,
 )
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
-from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionEncoder, vision_norm
 from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
@@ -366,11 +364,9 @@ class Idefics3ForConditionalGeneration(OverLanguageModel):
         one token per row. ``inputs_embeds`` takes the place of both.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            if len(pixel_values) or image_embeds is not None:
-                rows = self.embed_multimodal(pixel_values, image_embeds)["image"]
-                is_image = input_ids == self.config.image_token_id
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
+            given = len(pixel_values) or image_embeds is not None
+            media = self.embed_multimodal(pixel_values, image_embeds) if given else {}
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
 

@@ -1,10 +1,11 @@
 """What the engine asks of a model class, and what makes one multimodal."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 from jaxtyping import Array, Float, Int
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from aphrodite_jax.errors import RegistrationError
 from aphrodite_jax.inputs import InputContext, PlacedItem
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
+from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 
 __all__ = ["LanguageModel", "MaskSpec", "SupportsMRoPE", "SupportsMultiModal", "position_axes", "supports_multimodal"]
@@ -109,6 +111,25 @@ class SupportsMultiModal:
         The arrays are those of the mappers, with items on axis 0. Rows are as wide as token embeddings.
         """
         raise RegistrationError(f"{type(self).__name__} takes media but has no embed_multimodal method")
+
+    def media_token(self, modality: str) -> int:
+        """The token that stands for a row of an item: the config's ``image_token_id`` or ``image_token_index``, say."""
+        config = self.config  # pyright: ignore[reportAttributeAccessIssue]
+        found = getattr(config, f"{modality}_token_id", None)
+        return getattr(config, f"{modality}_token_index") if found is None else found
+
+    def embed_with_media(
+        self, input_ids: Int[Array, " T"], media: Mapping[str, Iterable[Float[Array, "rows D"]]]
+    ) -> Float[Array, "T D"]:
+        """Token embeddings, with the rows of ``media`` (`embed_multimodal`) in the places of their tokens, in order.
+
+        For ``__call__`` without an engine; there must be one token per row.
+        """
+        embeds = self.embed_input_ids(input_ids)  # pyright: ignore[reportAttributeAccessIssue]
+        for modality, rows in media.items():
+            is_row = input_ids == self.media_token(modality)
+            embeds = merge_multimodal_embeddings(embeds, is_row, jnp.concatenate(list(rows)))
+        return embeds
 
     @staticmethod
     def pad_media(config: transformers.PretrainedConfig, mm_kwargs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt, expand_items
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
-from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import CLIPVisionModel
 from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
@@ -149,11 +148,9 @@ class LlavaForConditionalGeneration(OverLanguageModel):
         one token per row. ``inputs_embeds`` takes the place of both.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            if pixel_values is not None or image_embeds is not None:
-                rows = self.embed_multimodal(pixel_values=pixel_values, image_embeds=image_embeds)["image"]
-                is_image = input_ids == self.config.image_token_index
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
+            given = pixel_values is not None or image_embeds is not None
+            media = self.embed_multimodal(pixel_values=pixel_values, image_embeds=image_embeds) if given else {}
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
 

@@ -23,7 +23,6 @@ from transformers.image_processing_utils import select_best_resolution
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt, expand_items
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
-from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, embedding_rows
@@ -220,9 +219,7 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> tuple[Float[Array, "T D"], tuple[KVCache, ...] | None]:
         """As `LlavaForConditionalGeneration`; images of different shapes come as a sequence of arrays."""
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            if len(pixel_values) or image_embeds is not None:
-                rows = self.embed_multimodal(pixel_values, row_index, image_embeds)["image"]
-                is_image = input_ids == self.config.image_token_index
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
+            given = len(pixel_values) or image_embeds is not None
+            media = self.embed_multimodal(pixel_values, row_index, image_embeds) if given else {}
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)

@@ -38,7 +38,7 @@ from aphrodite_jax.inputs import (
 )
 from aphrodite_jax.inputs.tokenizer import optional_file
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
-from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionEncoder
@@ -406,11 +406,9 @@ class PixtralForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> tuple[Float[Array, "T D"], tuple[KVCache, ...] | None]:
         """As `LlavaForConditionalGeneration`, for the arrays of `patches_of`, which are not padded here."""
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            if len(pixel_values) or image_embeds is not None:
-                rows = self.embed_multimodal(pixel_values, patch_positions, kv_stop, image_embeds)["image"]
-                is_image = input_ids == self.config.image_token_index
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_image, jnp.concatenate(list(rows)))
+            given = len(pixel_values) or image_embeds is not None
+            media = self.embed_multimodal(pixel_values, patch_positions, kv_stop, image_embeds) if given else {}
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
 

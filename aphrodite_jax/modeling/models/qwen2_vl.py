@@ -35,7 +35,7 @@ from aphrodite_jax.inputs import (
 from aphrodite_jax.inputs.placeholders import Tokens
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
-from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 from aphrodite_jax.modeling.layers.norms import layer_norm
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary
 from aphrodite_jax.modeling.layers.stack import call_layer
@@ -373,9 +373,5 @@ class Qwen2VLForConditionalGeneration(Qwen2ForCausalLM, SupportsMultiModal, Supp
         per row. ``inputs_embeds`` takes the place of both.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            tokens = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-            for modality, rows in self.embed_multimodal(**mm_kwargs).items():
-                is_row = input_ids == tokens[modality]
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_row, jnp.concatenate(list(rows)))
+            inputs_embeds = self.embed_with_media(input_ids, self.embed_multimodal(**mm_kwargs))
         return self.model(inputs_embeds, positions, kv_caches, attn_metadata)
