@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "inspection": INSPECTION,
     "llm": LLM,
     "batch": BATCH,
+    "tuning": MODELING | {"engine", "tuning"},
     "cli": CLI,
     "testing": TESTING,
     "pytest_plugin": TESTING,

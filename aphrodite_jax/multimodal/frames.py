@@ -11,7 +11,7 @@ from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.video import Video, video_processor_options
 
-__all__ = ["MAX_FRAMES", "frames_that_fit", "map_frames"]
+__all__ = ["MAX_FRAMES", "frames_alone", "frames_that_fit", "map_frames"]
 
 MAX_FRAMES = 32
 """Frames of one video at most, of which all shapes are compiled ahead; these models were trained on no more."""
@@ -21,6 +21,15 @@ def frames_that_fit(ctx: InputContext, image_tokens: int, video_tokens: Callable
     """Frames of a video that fits in a prompt at its limits, beside images of so many tokens each; one at least."""
     limits = MULTIMODAL_REGISTRY.get_mm_limits(ctx.model_config)
     room = (ctx.model_config.context_length - limits["image"] * image_tokens) // limits["video"]
+    return _most_frames(room, video_tokens)
+
+
+def frames_alone(ctx: InputContext, video_tokens: Callable[[int], int]) -> int:
+    """Frames of a video that fits in a prompt with nothing beside it; one at least."""
+    return _most_frames(ctx.model_config.context_length, video_tokens)
+
+
+def _most_frames(room: int, video_tokens: Callable[[int], int]) -> int:
     return next((frames for frames in range(MAX_FRAMES, 1, -1) if video_tokens(frames) <= room), 1)
 
 

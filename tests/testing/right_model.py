@@ -107,6 +107,8 @@ def build(
     after: Callable = lambda model, input_ids, hidden: hidden,
     place: Callable = lambda positions: positions,
     before: Callable = lambda model, input_ids, embeds: embeds,
+    in_call: Callable = lambda rows: rows,
+    beside: Callable = lambda hidden, kv_caches: hidden,
     mix_in: type = SupportsMultiModal,
 ) -> type:
     """The model with some parts replaced; a part that is None is not registered."""
@@ -147,13 +149,15 @@ def build(
             if inputs_embeds is None:
                 inputs_embeds = self.embed_input_ids(input_ids)
                 if pixel_values is not None:
-                    images = jnp.concatenate(self.embed_multimodal(pixel_values, is_strip)["image"])
+                    images = jnp.concatenate(
+                        [in_call(x) for x in self.embed_multimodal(pixel_values, is_strip)["image"]]
+                    )
                     inputs_embeds = merge_multimodal_embeddings(inputs_embeds, input_ids == IMAGE_TOKEN, images)
             inputs_embeds = before(self, input_ids, inputs_embeds)
             hidden, kv_caches = self.language_model(
                 input_ids, place(positions), kv_caches, attn_metadata, inputs_embeds=inputs_embeds
             )
-            return after(self, input_ids, hidden), kv_caches
+            return after(self, input_ids, beside(hidden, kv_caches)), kv_caches
 
         def compute_logits(self, hidden_states):
             return self.language_model.compute_logits(hidden_states)

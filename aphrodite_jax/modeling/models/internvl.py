@@ -39,14 +39,14 @@ from aphrodite_jax.inputs import (
 )
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend_batch
-from aphrodite_jax.modeling.layers.embedding import PatchEmbed, merge_multimodal_embeddings
+from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 from aphrodite_jax.modeling.layers.norms import layer_norm
 from aphrodite_jax.modeling.layers.stack import call_layer, in_parts
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.clip import VisionMLP
 from aphrodite_jax.modeling.models.over_language_model import OverLanguageModel
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, Video, embedding_rows
-from aphrodite_jax.multimodal.frames import MAX_FRAMES, frames_that_fit, map_frames
+from aphrodite_jax.multimodal.frames import MAX_FRAMES, frames_alone, frames_that_fit, map_frames
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 
 __all__ = ["InternVLForConditionalGeneration"]
@@ -192,13 +192,23 @@ def max_image_tokens(ctx: InputContext) -> int:
 
 
 def max_frames(ctx: InputContext) -> int:
-    """Frames of the largest video, `frames_that_fit`."""
+    """Frames of each video of a prompt at its limits, `frames_that_fit`."""
     return frames_that_fit(ctx, max_image_tokens(ctx), lambda frames: len(tokens_of_video(ctx, frames)))
 
 
+def most_frames(ctx: InputContext) -> int:
+    """Frames of a video that is alone in its prompt, `frames_alone`."""
+    return frames_alone(ctx, lambda frames: len(tokens_of_video(ctx, frames)))
+
+
 def max_video_tokens(ctx: InputContext) -> int:
-    """Tokens of a video of the most frames that a prompt at its limits has room for."""
+    """Tokens of each video of a prompt at its limits."""
     return len(tokens_of_video(ctx, max_frames(ctx)))
+
+
+def most_video_tokens(ctx: InputContext) -> int:
+    """Tokens of a video that is alone in its prompt, at most."""
+    return len(tokens_of_video(ctx, most_frames(ctx)))
 
 
 def map_images(ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
@@ -240,7 +250,7 @@ def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
     tile = (vision.num_channels, *vision.image_size)
     most = num_tiles(ctx, size_of_most_tiles(ctx))
     images = [count for count, fewer in zip(TILE_COUNTS, (0, *TILE_COUNTS), strict=False) if fewer < most]
-    frames = range(TILES_AT_A_TIME, max_frames(ctx) + TILES_AT_A_TIME, TILES_AT_A_TIME)
+    frames = range(TILES_AT_A_TIME, most_frames(ctx) + TILES_AT_A_TIME, TILES_AT_A_TIME)
     return [
         {name: jax.ShapeDtypeStruct((1, count, *tile), np.float32)}
         for name, counts in (("pixel_values", images), ("pixel_values_videos", frames))
@@ -421,7 +431,7 @@ class InternVLMultiModalProjector(nnx.Module):
 @MULTIMODAL_REGISTRY.register_image_input_mapper(map_images)
 @MULTIMODAL_REGISTRY.register_video_input_mapper(map_videos)
 @MULTIMODAL_REGISTRY.register_max_image_tokens(max_image_tokens)
-@MULTIMODAL_REGISTRY.register_max_video_tokens(max_video_tokens)
+@MULTIMODAL_REGISTRY.register_max_video_tokens(most_video_tokens)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(expand_media)
 class InternVLForConditionalGeneration(OverLanguageModel):
@@ -469,6 +479,10 @@ class InternVLForConditionalGeneration(OverLanguageModel):
     def placeholder_str(modality: str, index: int) -> str:
         """The text that stands for an item in a prompt."""
         return {"image": "<IMG_CONTEXT>", "video": "<video>"}[modality]
+
+    def media_token(self, modality: str) -> int:
+        """Images and frames of videos have one token."""
+        return self.config.image_token_id
 
     def embed_multimodal(
         self,
@@ -531,10 +545,8 @@ class InternVLForConditionalGeneration(OverLanguageModel):
                     "images and videos in one call can't be told apart by their tokens: put their rows "
                     "(embed_multimodal) among the token embeddings and give inputs_embeds"
                 )
-            inputs_embeds, is_row = self.embed_input_ids(input_ids), input_ids == self.config.image_token_id
             media = self.embed_multimodal(pixel_values, pixel_values_videos, image_embeds, video_embeds)
-            for rows in media.values():
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_row, jnp.concatenate(rows))
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
 
 

@@ -32,13 +32,12 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, InputContext, LLMInputs, dummy_prompt_of, expand_items
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache
-from aphrodite_jax.modeling.layers.embedding import merge_multimodal_embeddings
 from aphrodite_jax.modeling.layers.stack import in_parts
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 from aphrodite_jax.modeling.models.llava import LlavaForConditionalGeneration
 from aphrodite_jax.modeling.models.llava_next import grid_of, unpad
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, Video, embedding_rows
-from aphrodite_jax.multimodal.frames import MAX_FRAMES, frames_that_fit, map_frames
+from aphrodite_jax.multimodal.frames import MAX_FRAMES, frames_alone, frames_that_fit, map_frames
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig, image_processor
 from aphrodite_jax.multimodal.plugins.image import ImagePlugin
 
@@ -174,8 +173,9 @@ def encoded_tiles(config, tiles: int) -> int:
 def largest_images(config) -> dict[int, tuple[int, int]]:
     """Number of tiles as encoded to the size (height, width) of an image of so many that has the most rows.
 
-    Images that come into question fill the lines of a grid or its columns, and in the other direction end with some
-    patch. Larger and smaller ones of the same proportions have a picture of the same size, or another grid.
+    Images that come into question fill the lines of a grid or its columns, and in the other direction are as long as
+    they can be before they end with another patch: shorter ones may fit a smaller grid. Larger and smaller ones of the
+    same proportions have a picture of the same size, or another grid.
     """
     largest = {}
     for size in _images_of_every_picture(config):
@@ -187,8 +187,17 @@ def largest_images(config) -> dict[int, tuple[int, int]]:
 def _images_of_every_picture(config) -> Iterator[tuple[int, int]]:
     for height, width in config.image_grid_pinpoints:
         lines, columns = (patches_a_side(config) * tiles for tiles in _tiles(config, (height, width)))
-        yield from ((height, max(covered * width // columns, 1)) for covered in range(1, columns + 1))
-        yield from ((max(covered * height // lines, 1), width) for covered in range(1, lines + 1))
+        yield height, width
+        yield from ((height, length) for length in _longest(width, columns))
+        yield from ((length, width) for length in _longest(height, lines))
+
+
+def _longest(pixels: int, patches: int) -> Iterator[int]:
+    """For each number of whole patches that is less than all of ``patches``, the most pixels that cover no more.
+
+    Of 56 pixels and 4 patches: 13, 27, 41.
+    """
+    return (max(-(-covered * pixels // patches) - 1, 1) for covered in range(1, patches + 1))
 
 
 def _tiles(config, size: Sequence[int]) -> tuple[int, int]:
@@ -216,13 +225,23 @@ def num_video_tokens(config, frames: int) -> int:
 
 
 def max_frames(ctx: InputContext) -> int:
-    """Frames of the largest video, `frames_that_fit`."""
+    """Frames of each video of a prompt at its limits, `frames_that_fit`."""
     return frames_that_fit(ctx, max_image_tokens(ctx), lambda frames: num_video_tokens(_config(ctx), frames))
 
 
+def most_frames(ctx: InputContext) -> int:
+    """Frames of a video that is alone in its prompt, `frames_alone`."""
+    return frames_alone(ctx, lambda frames: num_video_tokens(_config(ctx), frames))
+
+
 def max_video_tokens(ctx: InputContext) -> int:
-    """Tokens of a video of the most frames that a prompt at its limits has room for."""
+    """Tokens of each video of a prompt at its limits."""
     return num_video_tokens(_config(ctx), max_frames(ctx))
+
+
+def most_video_tokens(ctx: InputContext) -> int:
+    """Tokens of a video that is alone in its prompt, at most."""
+    return num_video_tokens(_config(ctx), most_frames(ctx))
 
 
 def map_images(ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
@@ -304,7 +323,7 @@ def media_shapes(ctx: InputContext) -> list[dict[str, jax.ShapeDtypeStruct]]:
     vision = config.vision_config
     tile = (vision.num_channels, vision.image_size, vision.image_size)
     images = [(tiles, num_image_tokens(config, size)) for tiles, size in largest_images(config).items()]
-    parts = range(TILES_AT_A_TIME, max_frames(ctx) + TILES_AT_A_TIME, TILES_AT_A_TIME)
+    parts = range(TILES_AT_A_TIME, most_frames(ctx) + TILES_AT_A_TIME, TILES_AT_A_TIME)
     videos = [(frames, num_video_tokens(config, frames)) for frames in parts]
     return [
         {
@@ -350,7 +369,7 @@ def _config(ctx: InputContext) -> Any:
 @MULTIMODAL_REGISTRY.register_image_input_mapper(map_images)
 @MULTIMODAL_REGISTRY.register_video_input_mapper(map_videos)
 @MULTIMODAL_REGISTRY.register_max_image_tokens(max_image_tokens)
-@MULTIMODAL_REGISTRY.register_max_video_tokens(max_video_tokens)
+@MULTIMODAL_REGISTRY.register_max_video_tokens(most_video_tokens)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(expand_media)
 class LlavaOnevisionForConditionalGeneration(LlavaForConditionalGeneration):
@@ -460,11 +479,8 @@ class LlavaOnevisionForConditionalGeneration(LlavaForConditionalGeneration):
         ``<video>`` tokens; there must be one token per row. ``inputs_embeds`` takes the place of both.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed_input_ids(input_ids)
-            tokens = {"image": self.config.image_token_index, "video": self.config.video_token_index}
             images = (pixel_values, row_index, row_weight)
             videos = (pixel_values_videos, video_row_index, video_row_weight)
-            for modality, rows in self.embed_multimodal(*images, *videos, image_embeds, video_embeds).items():
-                is_row = input_ids == tokens[modality]
-                inputs_embeds = merge_multimodal_embeddings(inputs_embeds, is_row, jnp.concatenate(rows))
+            media = self.embed_multimodal(*images, *videos, image_embeds, video_embeds)
+            inputs_embeds = self.embed_with_media(input_ids, media)
         return self.language_model(input_ids, positions, kv_caches, attn_metadata, inputs_embeds=inputs_embeds)
