@@ -76,7 +76,7 @@ held_out += [("colors", *ask("color", shape, rng)) for shape in (NEW, *OLD) for 
 # %% [markdown]
 # ## Before
 #
-# A ring is a circle to it, or whatever comes close. The old words are right.
+# It has no word for a ring, and says one that it knows. The old words are right.
 
 # %%
 from aphrodite_jax import LLM, SamplingParams
@@ -142,9 +142,7 @@ print(f"{trained:,} parameters are trained, on {len(paths)} matrices")
 
 rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, warmup_steps=10, decay_steps=NUM_STEPS)
 optimizer = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(rate))
-history = fine_tune(
-    model, model_config, examples, optimizer=optimizer, num_steps=NUM_STEPS, row_length=512
-)
+history = fine_tune(model, model_config, examples, optimizer=optimizer, num_steps=NUM_STEPS, row_length=512)
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 2.4), dpi=60)
@@ -179,11 +177,11 @@ assert min(accuracy(after).values()) >= 0.95
 # What it said before, and says now:
 
 # %%
-figure, axes = plt.subplots(2, 8, figsize=(12, 3.6), dpi=60)
+figure, axes = plt.subplots(2, 8, figsize=(12, 4.2), dpi=60)
 for ax, index in zip(axes.flat, [*range(8), *range(60, 300, 30)], strict=True):
     _, prompt, true = held_out[index]
     ax.imshow(prompt["multi_modal_data"]["image"])
-    ax.set_title(f"{before[index]} → {after[index]}", fontsize=9, color="green" if after[index] == true else "red")
+    ax.set_title(f"{before[index]}\n→ {after[index]}", fontsize=9, color="green" if after[index] == true else "red")
     ax.axis("off")
 plt.show()
 

@@ -22,6 +22,7 @@ from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.modeling.models import internvl
 from aphrodite_jax.multimodal import InputContext
+from aphrodite_jax.multimodal import frames as video_frames
 from kernels_pallas.intervals import causal
 
 pytestmark = pytest.mark.once
@@ -215,7 +216,7 @@ def test_padding_does_not_change_an_item_s_rows(model_config):
 @pytest.fixture(scope="module")
 def llm(directory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(internvl, "MAX_FRAMES", 8)  # one shape of videos
+        monkeypatch.setattr(video_frames, "MAX_FRAMES", 8)  # one shape of videos
         return LLM(
             directory,
             mm_processor_kwargs={"max_patches": 2},

@@ -195,7 +195,7 @@ def _images_of_every_picture(config) -> Iterator[tuple[int, int]]:
 def _longest(pixels: int, patches: int) -> Iterator[int]:
     """For each number of whole patches that is less than all of ``patches``, the most pixels that cover no more.
 
-    Of 56 pixels and 4 patches: 13, 27, 41.
+    Of 56 pixels and 4 patches: 13, 27, 41 and 55, which cover none to three.
     """
     return (max(-(-covered * pixels // patches) - 1, 1) for covered in range(1, patches + 1))
 
