@@ -14,6 +14,8 @@ from PIL import Image
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.cli import main
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -109,6 +109,7 @@ def test_the_python_of_a_page(page):
     run(page)
 
 
+@pytest.mark.once
 def test_the_guide_to_adding_a_model():
     names = run(GUIDE)
     output, llm = names["output"], names["llm"]

@@ -41,8 +41,8 @@ def test_answers_about_pictures_it_never_saw(llm):
     """A part of what `scripts/evaluate_tiny_llava.py` asks."""
     shapes = [(p, question, answer) for p in data.load_shapes("test") for question, answer in p.asked]
     digits = [(p, "which digit is this?", str(p.digit)) for p in data.load_digits("test")]
-    assert evaluate_tiny_llava.report("easy-vqa", llm, shapes[::32]) >= 0.98
-    assert evaluate_tiny_llava.report("digits", llm, digits[::4]) >= 0.94
+    assert evaluate_tiny_llava.report("easy-vqa", llm, shapes[::64]) >= 0.98
+    assert evaluate_tiny_llava.report("digits", llm, digits[::6]) >= 0.94
 
 
 def test_splits_do_not_overlap():

@@ -13,6 +13,8 @@ from PIL import Image
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.batch import run_batch
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):

@@ -11,6 +11,8 @@ from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.errors import RequestError
 from kernels_pallas.intervals import to_mask
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_goldens.py"
 
 
@@ -105,7 +107,6 @@ def test_a_layer_that_was_not_captured_has_no_map(llm, golden):
         seen.attention_map(layer=0, grid=(3, 1))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ["gemma3", "paligemma2", "qwen3_vl", "llava_clip_mistral"])
 def test_states_and_attention_are_hugging_face_s(name, tmp_path):
     torch = pytest.importorskip("torch", reason="the reference models of Hugging Face need torch")

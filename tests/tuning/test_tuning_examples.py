@@ -10,6 +10,8 @@ from aphrodite_jax.errors import ConfigError, PlaceholderError, PromptTooLongErr
 from aphrodite_jax.tuning import Example, ExamplePreparer, load_model
 from aphrodite_jax.tuning.examples import tokens_behind
 
+pytestmark = pytest.mark.once
+
 END = 2
 
 

@@ -14,6 +14,8 @@ from aphrodite_jax import LLM, ModelConfig, SamplingParams
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.tuning import add_lora, load_model, lora_modules, merge_lora, save_merged
 
+pytestmark = pytest.mark.once
+
 PROMPT = read_golden("llava_clip_llama").prompts[1]
 
 
@@ -66,7 +68,6 @@ def test_it_is_served_as_it_was_trained(saved):
     assert llm.render_chat([{"role": "user", "content": "w5"}])["prompt_token_ids"] == (3, 5, 4)
 
 
-@pytest.mark.once
 def test_transformers_loads_it_with_the_same_logits(saved):
     pytest.importorskip("torch", reason="the reference models of Hugging Face need torch")
     from make_goldens import all_cases, load_reference, run_reference

@@ -118,9 +118,11 @@ def test_all_parameters_are_trained_where_there_is_no_lora(case):
     # The tower's last layer is not used, nor its last norm.
     assert {path[0] for path in changed(before, values(model))} == set(dict(nnx.iter_children(model)))
     unused = {path for path in before if path[:2] == ("vision_tower", "vision_model") and "2" in map(str, path)}
-    assert changed(before, values(model)) == {
-        path for path in before if path not in unused and "post_layernorm" not in path
-    }
+    used = {path for path in before if path not in unused and "post_layernorm" not in path}
+    # What all keys share is nothing to a softmax: their biases have no gradient but what is rounded.
+    without_gradient = {path for path in used if path[-2:] == ("k_proj", "bias")}
+    assert without_gradient
+    assert changed(before, values(model)) | without_gradient == used
 
 
 def test_a_loss_that_is_no_number_ends_the_run(case):
