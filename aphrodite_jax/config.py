@@ -165,6 +165,7 @@ class EngineConfig:
       max_encode_items: media items of one shape that are encoded together at most, and never more than 4096 rows of
         several: fewer take less memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
+      tensor_parallel_size: devices that the model is divided over.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
@@ -182,6 +183,7 @@ class EngineConfig:
     encoder_cache_tokens: int | None = None
     max_encode_items: int = 8
     prefix_caching: bool = True
+    tensor_parallel_size: int = 1
     preprocess_workers: int = 2
     warm_up: bool = True
     on_recompile: str = "warn"
@@ -196,6 +198,7 @@ class EngineConfig:
             "page_size",
             "encoder_cache_tokens",
             "max_encode_items",
+            "tensor_parallel_size",
             "preprocess_workers",
         ):
             value = getattr(self, name)

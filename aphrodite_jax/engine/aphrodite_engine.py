@@ -30,6 +30,7 @@ from aphrodite_jax.engine.stats import EngineStats, clock
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.executor.batch import Rows
 from aphrodite_jax.executor.buckets import TILE_SIZE
+from aphrodite_jax.executor.mesh import make_mesh
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS, ModelRunner
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
 from aphrodite_jax.modeling.loader import load_model
@@ -91,13 +92,15 @@ class AphroditeEngine:
         media_budget = media_tokens_per_prompt(model_config)
         self.tokenizer = load_tokenizer(model_config)
         self.end_token_ids = end_token_ids(model_config, self.tokenizer)
+        mesh = make_mesh(engine_config.tensor_parallel_size)
         self.runner = ModelRunner(
-            load_model(model_config),
+            load_model(model_config, mesh),
             model_config,
             engine_config,
             media_budget=media_budget,
             max_num_batched_tokens=self._prefill_tokens(media_budget),
             media_shapes=functools.partial(media_shapes, model_config),
+            mesh=mesh,
         )
         if engine_config.warm_up:
             self.runner.warm_up(show_progress=engine_config.show_progress)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels_pallas.platform
 from aphrodite_jax.config import EngineConfig, ModelConfig
@@ -31,6 +32,7 @@ from aphrodite_jax.executor.observation import ObservedModel
 from aphrodite_jax.executor.programs import CompileJob, Programs
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from aphrodite_jax.modeling.models.interfaces import position_axes, supports_multimodal
+from aphrodite_jax.modeling.sharding import MODEL, check_heads, whole
 from aphrodite_jax.sampling import (
     SampledTokens,
     SamplingBatch,
@@ -54,6 +56,8 @@ PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
 MAX_ENCODE_ROWS = 4096
 """Rows of media that are encoded together at most; one item may have more."""
+EVERYWHERE, BY_HEAD = PartitionSpec(), PartitionSpec(None, MODEL)
+"""Where arrays lie on a mesh: whole on every device, or their heads divided."""
 MAX_DECODE_STEPS = 8
 """Tokens of each request in one decode program at most."""
 
@@ -68,6 +72,10 @@ class ModelRunner:
       max_num_batched_tokens: tokens of a prefill step.
       media_shapes: gives the arrays of one item for each shape in which media are encoded, from `rows_per_item`; it is
         asked where memory must be planned and when programs are compiled ahead.
+      mesh: the devices that the model's weights are divided over; None for one device.
+
+    Raises:
+      ConfigError: the devices do not divide the model's heads.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class ModelRunner:
         media_budget: int,
         max_num_batched_tokens: int,
         media_shapes: Callable[[RowsPerItem], Sequence[MediaShapes]] = lambda rows_per_item: (),
+        mesh: Mesh | None = None,
     ):
         hf_config = model_config.hf_config
         self._graphdef: Any
@@ -92,23 +101,24 @@ class ModelRunner:
         self.attention_implementation = kernels_pallas.platform.default()
         self.context_length = model_config.context_length
         self._max_pages = -(-self.context_length // self.page_size)
-        self.programs = Programs(engine_config.on_recompile)
+        self._mesh = mesh
+        self.programs = Programs(engine_config.on_recompile, mesh)
         self._dtype = jax.tree.leaves(self._params)[0].dtype
         self._width = self._embedding_width()  # which may be more than the hidden states have: `embed_input_ids`
         self._hidden_width = model_config.hf_text_config.hidden_size
         self.vocab_size = self._logits_width()
         self.encoder_rows = self._choose_encoder_rows(engine_config, media_budget)
-        self._encoder_cache = jnp.zeros((max(self.encoder_rows, 1), self._width), self._dtype)
+        self._encoder_cache = self._zeros((max(self.encoder_rows, 1), self._width), self._dtype)
         self.num_slots = engine_config.max_num_seqs
-        self._last_tokens = jnp.zeros(self.num_slots, jnp.int32)
-        self._kv_shapes = tuple(type(model).kv_cache_shapes(hf_config))
+        self._last_tokens = self._zeros((self.num_slots,), jnp.int32)
+        self._kv_shapes = self._kv_shapes_on_mesh(type(model).kv_cache_shapes(hf_config), model_config.hf_text_config)
         self._find_media_shapes = media_shapes
         self._allocate_pages(engine_config)
 
     @functools.cached_property
     def observed_model(self) -> ObservedModel:
         """The model, to be looked into apart from the engine's programs."""
-        return ObservedModel(self._graphdef, self._params)
+        return ObservedModel(self._graphdef, self._params, self._mesh)
 
     @property
     def num_layers(self) -> int:
@@ -147,7 +157,7 @@ class ModelRunner:
         return memory.MemoryBudget(
             weights=_nbytes(self._params),
             kv_pages=_nbytes(self._kv_caches),
-            encoder_cache=self._encoder_cache.nbytes,
+            encoder_cache=_nbytes(self._encoder_cache),
             forward=self.programs.largest_temp_bytes("forward"),
             encode=self.programs.largest_temp_bytes("encode"),
             total=self._limit,
@@ -260,7 +270,7 @@ class ModelRunner:
                 media = encoder_cache[jnp.maximum(batch.media_rows, 0)]
                 embeds = jnp.where((batch.media_rows >= 0)[:, None], media, embeds)
             hidden, kv_caches = model(input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds)
-            return model.compute_logits(hidden[batch.last_rows]), hidden[num_decode:], kv_caches
+            return whole(model.compute_logits(hidden[batch.last_rows])), whole(hidden[num_decode:]), kv_caches
 
         key = (num_decode, len(batch.input_ids) - num_decode, len(batch.last_rows))
         args = (self._params, self._kv_caches, self._encoder_cache, self._last_tokens, batch)
@@ -287,13 +297,13 @@ class ModelRunner:
                     positions = jnp.broadcast_to(positions, (self._position_axes, len(slots)))
                 embeds = model.embed_input_ids(tokens)
                 hidden, kv_caches = model(tokens, positions, kv_caches, metadata, inputs_embeds=embeds)
-                tokens = sample_greedy(model.compute_logits(hidden))
+                tokens = sample_greedy(whole(model.compute_logits(hidden)))
                 return kv_caches, tokens, chosen.at[i].set(tokens)
 
             tokens = last_tokens[jnp.minimum(slots, self.num_slots - 1)]
             chosen = jnp.zeros((MAX_DECODE_STEPS, len(slots)), jnp.int32)
             kv_caches, tokens, chosen = jax.lax.fori_loop(0, num_steps, step, (kv_caches, tokens, chosen))
-            return chosen, last_tokens.at[slots].set(tokens, mode="drop"), kv_caches
+            return whole(chosen), whole(last_tokens.at[slots].set(tokens, mode="drop")), kv_caches
 
         args = (self._params, self._kv_caches, self._last_tokens, *arrays, np.int32(num_steps))
         return CompileJob(name="decode", key=size, fn=decode, args=args, donate=(1, 2))
@@ -323,7 +333,7 @@ class ModelRunner:
         def encode(params, encoder_cache, arrays, targets):
             embeds = nnx.merge(self._graphdef, params).embed_multimodal(**arrays)
             made = jnp.concatenate([item for items in embeds.values() for item in items])
-            return encoder_cache.at[targets].set(made.astype(encoder_cache.dtype), mode="drop")
+            return whole(encoder_cache.at[targets].set(whole(made).astype(encoder_cache.dtype), mode="drop"))
 
         per_item = [n for counts in self.rows_per_item(arrays).values() for n in counts]
         targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped
@@ -345,7 +355,7 @@ class ModelRunner:
 
     def _store_job(self, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:
         def store(encoder_cache, embeds, targets):
-            return encoder_cache.at[targets].set(embeds, mode="drop")
+            return whole(encoder_cache.at[targets].set(embeds, mode="drop"))
 
         args = (self._encoder_cache, embeds, targets)
         return CompileJob(name="store", key=len(embeds), fn=store, args=args, donate=(0,))
@@ -356,7 +366,7 @@ class ModelRunner:
         def run(last_tokens, logits, slots, *batch):
             details = choose(logits, *batch) if batch else None
             tokens = sample_greedy(logits) if details is None else details.token_ids
-            return tokens, details, last_tokens.at[slots].set(tokens, mode="drop")
+            return whole((tokens, details, last_tokens.at[slots].set(tokens, mode="drop")))
 
         args = (self._last_tokens, logits, slots)
         if batch is None:
@@ -366,7 +376,7 @@ class ModelRunner:
 
     def _prompt_logprobs_job(self, hidden, rows: np.ndarray, targets: np.ndarray) -> CompileJob:
         def run(params, hidden, rows, targets):
-            logits = nnx.merge(self._graphdef, params).compute_logits(hidden[rows])
+            logits = whole(nnx.merge(self._graphdef, params).compute_logits(hidden[rows]))
             return prompt_logprobs(logits, targets, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
 
         args = (self._params, hidden, rows, targets)
@@ -464,6 +474,7 @@ class ModelRunner:
         device = jax.devices()[0]
         self._limit = memory.device_limit(device, engine_config.memory_fraction)
         page_bytes = memory.kv_bytes_per_page(self._kv_shapes, self.page_size, self._dtype.itemsize, device.platform)
+        page_bytes //= 1 if self._mesh is None else self._mesh.shape[MODEL]
         self.num_pages = 1
         self._kv_caches = self._page_shapes(1, device.platform)
         used = 0
@@ -472,10 +483,11 @@ class ModelRunner:
             jobs = [self._forward_job(largest)]
             jobs += [self._encode_job_of(shapes, self._encode_counts(shapes)[-1]) for shapes in self._media_shapes]
             self.programs.compile(jobs, show_progress=False)
-            used = _nbytes(self._params) + self._encoder_cache.nbytes
+            used = _nbytes(self._params) + _nbytes(self._encoder_cache)
             # They run one after the other: there must be room for the hungrier one.
             used += max(map(self.programs.largest_temp_bytes, ("forward", "encode")))
-            self.programs = Programs(engine_config.on_recompile)  # the real ones have another number of pages
+            # The real ones have another number of pages.
+            self.programs = Programs(engine_config.on_recompile, self._mesh)
         self.num_pages = memory.num_kv_pages(
             page_bytes=page_bytes,
             page_size=self.page_size,
@@ -486,19 +498,35 @@ class ModelRunner:
             used=used,
         )
         self._kv_caches = jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, shape.dtype), self._page_shapes(self.num_pages, device.platform)
+            lambda shape: self._zeros(shape.shape, shape.dtype, BY_HEAD),
+            self._page_shapes(self.num_pages, device.platform),
         )
 
     def _page_shapes(self, num_pages: int, platform: str) -> tuple[Any, ...]:
         return tuple(
-            self._shape(pages_shape(num_pages, heads, self.page_size, head_dim, platform), self._dtype)
+            self._shape(pages_shape(num_pages, heads, self.page_size, head_dim, platform), self._dtype, BY_HEAD)
             for heads, head_dim in self._kv_shapes
         )
 
-    @staticmethod
-    def _shape(shape, dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def _kv_shapes_on_mesh(self, shapes: Sequence[tuple[int, int]], text_config: Any) -> tuple[tuple[int, int], ...]:
+        """Heads and their width in the pages of each layer; with a head for every device at least."""
+        if self._mesh is None:
+            return tuple(shapes)
+        devices = self._mesh.shape[MODEL]
+        for heads, _ in shapes:
+            check_heads(text_config.num_attention_heads, heads, devices)
+        return tuple((max(heads, devices), head_dim) for heads, head_dim in shapes)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, spec)
+
+    def _shape(self, shape, dtype, spec: PartitionSpec = EVERYWHERE) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+
+    def _zeros(self, shape, dtype, spec: PartitionSpec = EVERYWHERE) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=self._sharding(spec))
 
 
 def _nbytes(tree) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    """On one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -3,6 +3,7 @@
 The programs are compiled when they are asked for, and are not among those of the engine.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.layers.observer import Observer, observing
@@ -84,16 +86,21 @@ class ObservedModel:
 
     Args:
       graphdef, params: its two parts (`nnx.split`).
+      mesh: the devices that the parameters are divided over; None for one device.
     """
 
-    def __init__(self, graphdef: Any, params: Any):
-        self._graphdef, self._params = graphdef, params
+    def __init__(self, graphdef: Any, params: Any, mesh: Mesh | None = None):
+        self._graphdef, self._params, self._mesh = graphdef, params, mesh
         self.has_final_norm = hasattr(nnx.merge(graphdef, params), "final_norm")
         self._jitted_encode = jax.jit(self._encode)
         self._jitted_run = jax.jit(self._run, static_argnums=0)
 
     def observe(self, rows: ObservedRows, layers: ObservedLayers, attention_rows: np.ndarray) -> Observation:
         """Run one sequence; ``attention_rows [rows]`` are those whose attention is kept."""
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return self._observe(rows, layers, attention_rows)
+
+    def _observe(self, rows: ObservedRows, layers: ObservedLayers, attention_rows: np.ndarray) -> Observation:
         length = len(rows.token_ids)
         padding = -length % LENGTH_STEP
         media_rows = np.full(length, -1, np.int32)

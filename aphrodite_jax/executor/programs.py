@@ -1,5 +1,6 @@
 """Device programs: compiled ahead of time for declared shapes, and counted when they are not."""
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from aphrodite_jax.errors import RecompilationError
@@ -41,11 +43,12 @@ class Programs:
     """All compiled programs by ``(name, key)``.
 
     After `seal`, a program that was not compiled before raises `RecompilationError` ("raise") or is compiled
-    with a warning and counted in ``late_compiles`` ("warn").
+    with a warning and counted in ``late_compiles`` ("warn"). With a mesh, programs are for all of its devices.
     """
 
-    def __init__(self, on_recompile: str):
+    def __init__(self, on_recompile: str, mesh: Mesh | None = None):
         self._on_recompile = on_recompile
+        self._mesh = mesh
         self._compiled: dict[tuple[str, Hashable], CompiledProgram] = {}
         self._sealed = False
         self.late_compiles = 0
@@ -55,7 +58,7 @@ class Programs:
         jobs = [job for job in jobs if (job.name, job.key) not in self._compiled]
         bar = tqdm(total=len(jobs), desc="compiling programs", unit="program", disable=not show_progress)
         with bar, ThreadPoolExecutor(max_workers=4) as pool:
-            futures = [pool.submit(_compile, job, _lower(job)) for job in jobs]
+            futures = [pool.submit(_compile, job, self._lower(job)) for job in jobs]
             for future in futures:
                 program = future.result()
                 self._compiled[program.name, program.key] = program
@@ -71,7 +74,7 @@ class Programs:
         if program is None:
             if self._sealed:
                 self._report_late(job)
-            program = self._compiled[job.name, job.key] = _compile(job, _lower(job))
+            program = self._compiled[job.name, job.key] = _compile(job, self._lower(job))
         return program.call(*job.args)
 
     def table(self) -> tuple[CompiledProgram, ...]:
@@ -93,6 +96,10 @@ class Programs:
         """Device memory of the hungriest program called ``name``, its arguments and results not counted."""
         return max((program.temp_bytes for program in self._compiled.values() if program.name == name), default=0)
 
+    def _lower(self, job: CompileJob) -> Any:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return jax.jit(job.fn, donate_argnums=job.donate).lower(*job.args)
+
     def _report_late(self, job: CompileJob) -> None:
         self.late_compiles += 1
         message = f"program {job.name!r} compiles after warm-up, for {job.key}"
@@ -104,10 +111,6 @@ class Programs:
 def _short(key: Hashable) -> str:
     text = str(key)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _lower(job: CompileJob):
-    return jax.jit(job.fn, donate_argnums=job.donate).lower(*job.args)
 
 
 def _compile(job: CompileJob, lowered) -> CompiledProgram:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.modeling.layers.observer import current_observer
+from aphrodite_jax.modeling.sharding import MODEL, current_mesh, model_axis_size, over_model_axis
 from kernels_pallas import interval_attention, kv_write, paged_attention
 from kernels_pallas.intervals import RowIntervals
 
@@ -77,19 +79,18 @@ def attend(
         return attend_batch(q[None], k[None], v[None], rows, scale=scale, soft_cap=soft_cap)[0], None
     paged = metadata.paged
     assert paged is not None, "a batch with a cache says where its pages are"
-    pages = kv_write(kv_cache, k, v, paged.slots)
-    out = paged_attention(
-        q,
-        pages,
-        paged.block_tables,
-        paged.tile_request,
-        start,
-        stop,
-        decode_rows=paged.decode_rows,
-        scale=scale,
-        soft_cap=soft_cap,
-    )
-    return out, pages
+
+    def write_and_attend(q, k, v, kv_cache, slots, block_tables, tile_request, start, stop):
+        pages = kv_write(kv_cache, k, v, slots)
+        options = {"decode_rows": paged.decode_rows, "scale": scale, "soft_cap": soft_cap}
+        return paged_attention(q, pages, block_tables, tile_request, start, stop, **options), pages
+
+    if current_mesh() is not None:  # each device has its own heads, and their pages
+        copies = max(1, model_axis_size() // k.shape[1])
+        k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
+        by_head = P(None, MODEL)
+        write_and_attend = over_model_axis(write_and_attend, (by_head,) * 4 + (P(),) * 5, (by_head, by_head))
+    return write_and_attend(q, k, v, kv_cache, paged.slots, paged.block_tables, paged.tile_request, start, stop)
 
 
 def attend_batch(
@@ -105,4 +106,11 @@ def attend_batch(
     if intervals is None:
         start = jnp.zeros(q.shape[:2], jnp.int32)
         intervals = RowIntervals(start, jnp.full_like(start, k.shape[1]))
-    return interval_attention(q, k, v, *map(jnp.asarray, intervals), scale=scale, soft_cap=soft_cap)
+
+    def attention(q, k, v, start, stop):
+        return interval_attention(q, k, v, start, stop, scale=scale, soft_cap=soft_cap)
+
+    if current_mesh() is not None and k.shape[2] % model_axis_size() == 0:
+        by_head = P(None, None, MODEL)
+        attention = over_model_axis(attention, (by_head,) * 3 + (P(),) * 2, by_head)
+    return attention(q, k, v, *map(jnp.asarray, intervals))

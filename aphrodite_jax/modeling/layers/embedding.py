@@ -3,9 +3,30 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["PatchEmbed", "merge_multimodal_embeddings"]
+from aphrodite_jax.modeling.sharding import MODEL, model_axis_size, over_model_axis
+
+__all__ = ["PatchEmbed", "TokenEmbed", "merge_multimodal_embeddings"]
+
+
+class TokenEmbed(nnx.Embed):
+    """Token embeddings; on a mesh each device has a part of the vocabulary, if the devices divide it."""
+
+    def __call__(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """A row for each token."""
+        devices = model_axis_size()
+        if devices == 1 or self.num_embeddings % devices:
+            return super().__call__(token_ids)
+
+        def own_part(table, token_ids):
+            places = token_ids - jax.lax.axis_index(MODEL) * len(table)
+            is_own = (places >= 0) & (places < len(table))
+            rows = table[jnp.clip(places, 0, len(table) - 1)]
+            return jax.lax.psum(jnp.where(is_own[:, None], rows, jnp.zeros((), rows.dtype)), MODEL)
+
+        return over_model_axis(own_part, (P(MODEL), P()), P())(self.embedding[...], token_ids)
 
 
 class PatchEmbed(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import CheckpointError, ConfigError
@@ -16,6 +17,7 @@ from aphrodite_jax.modeling.loader.checkpoint_files import checkpoint_tensors
 from aphrodite_jax.modeling.loader.matching import match
 from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor, read_blocks
+from aphrodite_jax.modeling.sharding import parameter_shardings
 from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["abstract_model", "load_model", "resolve_dtype"]
@@ -25,8 +27,8 @@ ALIGNMENT = 64
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(model_config: ModelConfig) -> nnx.Module:
-    """The model of ``model_config`` with its weights, on the default device.
+def load_model(model_config: ModelConfig, mesh: Mesh | None = None) -> nnx.Module:
+    """The model of ``model_config`` with its weights, on the default device, or divided over those of a mesh.
 
     Nothing is initialised: the model is built in the abstract and filled tensor by tensor, so that host
     memory stays under the weights in their target dtype (of which an accelerator leaves none there) plus one
@@ -51,9 +53,10 @@ def load_model(model_config: ModelConfig) -> nnx.Module:
     for path, name in tied.items():
         _check_tied(path, stored[name], {p: stored[n] for p, n in chosen.items() if wanted[p].is_embedding})
     graphdef, state = nnx.split(model)
+    shardings = {} if mesh is None else parameter_shardings(model, mesh)
     variables = dict(nnx.to_flat_state(state))
     for name, parameter in wanted.items():
-        value = _read(name, stored[chosen[name]], parameter)
+        value = _read(name, stored[chosen[name]], parameter, shardings.get(parameter.path))
         variables[parameter.path] = variables[parameter.path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
 
@@ -110,8 +113,8 @@ def _stored_dtype(stored: Mapping[str, StoredTensor]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _read(name: str, tensor: StoredTensor, parameter: Parameter) -> jax.Array:
-    """The tensor in our axes and dtype, on the device."""
+def _read(name: str, tensor: StoredTensor, parameter: Parameter, sharding: NamedSharding | None) -> jax.Array:
+    """The tensor in our axes and dtype, on the device or devices."""
     array = _empty_aligned(parameter.value.shape, parameter.value.dtype)
     view = np.atleast_1d(parameter.view(array))
     for rows, block in read_blocks(tensor):
@@ -123,7 +126,7 @@ def _read(name: str, tensor: StoredTensor, parameter: Parameter) -> jax.Array:
                 "or 'float32'"
             )
     # Transfers run in the background and hold their array: without the wait, many could pile up in host memory.
-    return jax.block_until_ready(jax.device_put(array))
+    return jax.block_until_ready(jax.device_put(array, sharding))
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

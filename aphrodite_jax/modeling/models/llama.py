@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from aphrodite_jax.modeling.layers.activation import activation
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, KVCache, attend
+from aphrodite_jax.modeling.layers.embedding import TokenEmbed
 from aphrodite_jax.modeling.layers.rotary import RotaryTable, apply_rotary, rotary_table
 from aphrodite_jax.modeling.layers.stack import call_layer
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
@@ -142,7 +143,7 @@ class LlamaModel(nnx.Module):
     ):
         self.config = config
         kw = {"dtype": dtype, "rngs": rngs}
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, **kw)
+        self.embed_tokens = TokenEmbed(config.vocab_size, config.hidden_size, param_dtype=dtype, **kw)
         self.layers = nnx.List(
             layer_class(config, mask=mask, qkv_bias=qkv_bias, out_bias=out_bias, **kw) for mask in masks
         )
