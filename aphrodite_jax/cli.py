@@ -219,6 +219,7 @@ _MODEL_OPTIONS: _OPTION_KINDS = (
     ("hf_overrides", _object, "JSON", "config fields to replace"),
     ("max_image_pixels", _positive, "N", "largest width x height that is decoded"),
     ("max_num_batched_tokens", _positive, "N", "prompt tokens of one step"),
+    ("tensor_parallel_size", _positive, "N", "devices that the model is divided over"),
     ("page_size", _positive, "N", "tokens of one KV page"),
     ("kv_cache_memory", str, "SIZE", "KV pages in bytes, 512MiB say"),
     ("memory_fraction", float, "X", "share of an accelerator's memory that may be used"),

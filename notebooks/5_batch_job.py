@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/aphrodite-jax/aphrodite_jax/blob/main/notebooks/5_batch_job.ipynb)
 #
-# Many pictures, one command, nothing lost: what a job will need, the run, a kill in the middle of it, and how it goes on.
+# Many pictures, one command, nothing lost: what a job will need, the mesh, the run, a kill in the middle of it, and how it goes on.
 
 # %%
 import importlib.util
@@ -70,6 +70,40 @@ told = llm.explain(example)
 print(len(jax.devices()), "x", jax.devices()[0].device_kind)
 print(len(told.token_ids), "tokens a prompt,", told.items[0].info.num_rows, "of them rows of the picture")
 print(llm.engine.runner.memory_budget())
+
+# %% [markdown]
+# ## The mesh
+#
+# A model that is too large for one chip is divided over several of a TPU slice: `--tensor-parallel-size 4`. Which part of each parameter a chip would have is
+# known without the chips: here for four of them.
+
+# %%
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from aphrodite_jax.modeling.loader.load import abstract_model
+from aphrodite_jax.modeling.sharding import parameter_shardings
+from aphrodite_jax.multimodal.context import model_class
+
+mesh = AbstractMesh((4,), ("model",))
+model = abstract_model(model_class(llm.model_config), llm.model_config.hf_config, jnp.float32)
+lie = parameter_shardings(model, mesh)
+shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(nnx.state(model))}
+layer = ("language_model", "model", "layers", 0)
+for path in (
+    (*layer, "self_attn", "q_proj", "kernel"),
+    (*layer, "mlp", "down_proj", "kernel"),
+    (*layer, "input_layernorm", "scale"),
+):
+    print(
+        f"{'.'.join(map(str, path[-3:])):28} {shapes[path]} -> {lie[path].shard_shape(shapes[path])} on each, {lie[path].spec}"
+    )
+of_all = sum(map(math.prod, shapes.values()))
+of_one = sum(math.prod(lie[path].shard_shape(shape)) for path, shape in shapes.items())
+print(f"of {of_all:,} parameters a chip has {of_one:,}")
 
 # %% [markdown]
 # ## The run
