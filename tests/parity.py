@@ -16,7 +16,7 @@ from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from kernels_pallas.intervals import RowIntervals, causal
 
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
-"""Compiling takes nearly all of the time of these tests; engine tests compile as users do."""
+"""Compiling takes nearly all of the time of these tests; engine tests compile as users do, with the newest jax."""
 
 
 def load(directory):

@@ -15,7 +15,7 @@ CPU_KV_BYTES = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """Bytes by purpose. ``total`` is what may be used; None on CPU, where the system's memory is shared."""
+    """Bytes by purpose, on each device. ``total`` is what may be used; None on CPU, where memory is the system's."""
 
     weights: int
     kv_pages: int

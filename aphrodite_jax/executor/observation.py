@@ -157,6 +157,7 @@ class ObservedModel:
         observer = Observer(attention_layers=layers.attention, attention_rows=attention_rows)
         with observing(observer):
             model(token_ids, positions, None, metadata, inputs_embeds=embeds)
+        observer.check()
         states = [x[:, : observer.hidden_states[-1].shape[1]] for x in observer.hidden_states]
         lens = {}
         for layer in layers.logit_lens:

@@ -30,7 +30,6 @@ __all__ = [
     "MODEL",
     "check_heads",
     "current_mesh",
-    "logical_axes",
     "model_axis_size",
     "over_model_axis",
     "parameter_shardings",
@@ -83,11 +82,6 @@ def whole(tree: Any) -> Any:
     return tree if current_mesh() is None else jax.lax.with_sharding_constraint(tree, P())
 
 
-def logical_axes(model: nnx.Module) -> dict[tuple, Axes]:
-    """Path of each parameter to the names of its axes; None for one that has none."""
-    return {path: _axes(path, variable.get_value().ndim) for path, variable in nnx.to_flat_state(nnx.state(model))}
-
-
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[tuple, NamedSharding]:
     """Path of each parameter to where it lies on ``mesh``; whole everywhere where the devices don't divide its axis."""
     devices = mesh.shape[MODEL]
@@ -122,6 +116,7 @@ def check_heads(num_heads: int, num_kv_heads: int, devices: int) -> None:
 
 
 def _axes(path: tuple, ndim: int) -> Axes:
+    """Names of a parameter's axes; None for one that is not divided."""
     name = ".".join(map(str, path))
     for pattern, axes in LOGICAL_AXES:
         if re.search(rf"(?:^|\.){pattern}$", name):

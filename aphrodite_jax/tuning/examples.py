@@ -17,14 +17,11 @@ from jaxtyping import Int
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.engine.admission import PromptPreparer
-from aphrodite_jax.engine.detokenizer import Detokenizer
-from aphrodite_jax.engine.sequence import MediaItem, PreparedPrompt
-from aphrodite_jax.engine.sequence import Sequence as GrowingSequence
+from aphrodite_jax.engine.sequence import MediaItem
 from aphrodite_jax.errors import ConfigError, RequestError
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer, render_chat, text_tokens
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.multimodal.context import model_class
-from aphrodite_jax.sampling_params import SamplingParams
 from kernels_pallas.intervals import RowIntervals
 
 __all__ = ["Example", "ExamplePreparer", "PreparedExample", "tokens_behind"]
@@ -122,16 +119,15 @@ class ExamplePreparer:
         """
         prompt = self._prepare(self._prompt_of(example))
         answer = [*self._answer_tokens(example), self._end_token(example)]
-        sequence = self._sequence(prompt, answer)
-        rows, limit = len(sequence) - 1, self._model_config.context_length
+        rows, limit = len(prompt.token_ids) + len(answer) - 1, self._model_config.context_length
         if rows > limit:
             raise RequestError(f"prompt and answer have {rows} tokens, the model takes {limit}: shorten them")
-        positions = sequence.positions(0, rows)
+        positions = prompt.positions_of(0, rows)
         return PreparedExample(
-            tokens=sequence.tokens(0, rows + 1),
-            prompt_length=sequence.prompt_length,
+            tokens=np.concatenate([prompt.token_ids, np.array(answer, np.int32)]),
+            prompt_length=len(prompt.token_ids),
             positions=np.arange(rows, dtype=np.int32) if positions is None else positions,
-            intervals=sequence.intervals(0, rows),
+            intervals=prompt.intervals_of(self._mask_specs, 0, rows),
             media=prompt.media,
             encoded_rows=tuple(map(self._rows_of, prompt.media)),
         )
@@ -168,20 +164,6 @@ class ExamplePreparer:
                 f"{', '.join(map(repr, allowed.values()))}"
             )
         return found[0]
-
-    def _sequence(self, prompt: PreparedPrompt, answer: Sequence[int]) -> GrowingSequence:
-        """The request as it would stand once the model had given the answer."""
-        sequence = GrowingSequence(
-            "example",
-            prompt,
-            SamplingParams(),
-            seed=0,
-            mask_specs=self._mask_specs,
-            detokenizer=Detokenizer(self._tokenizer, skip_special_tokens=True, stop=()),
-            max_length=self._model_config.context_length,
-        )
-        sequence.output_ids.extend(map(int, answer))
-        return sequence
 
     def _rows_of(self, item: MediaItem) -> int:
         if item.mm_kwargs is None:

@@ -8,8 +8,9 @@ import pytest
 from golden_files import media_of, read_golden
 
 from aphrodite_jax import LLM, SamplingParams
-from aphrodite_jax.errors import RequestError
-from kernels_pallas.intervals import to_mask
+from aphrodite_jax.errors import RegistrationError, RequestError
+from aphrodite_jax.modeling.layers.observer import Observer
+from kernels_pallas.intervals import RowIntervals, to_mask
 
 pytestmark = pytest.mark.once
 
@@ -134,3 +135,13 @@ def test_states_and_attention_are_hugging_face_s(name, tmp_path):
         states = told.hidden_states[layer][0].numpy()
         np.testing.assert_allclose(seen.hidden_states[layer][rows], states[rows], atol=2e-4)
         np.testing.assert_allclose(seen.attention[layer], told.attentions[layer][0].numpy(), atol=2e-4)
+
+
+def test_layers_that_hide_are_refused():
+    observer = Observer()
+    with pytest.raises(RegistrationError, match="0 attended, 0 were called so"):
+        observer.check()
+    rows = RowIntervals(np.zeros(1, np.int32), np.ones(1, np.int32))
+    observer.see_attention(np.ones((1, 1, 4)), np.ones((1, 1, 4)), rows, scale=None, soft_cap=None)
+    with pytest.raises(RegistrationError, match="1 attended, 0 were called so"):
+        observer.check()

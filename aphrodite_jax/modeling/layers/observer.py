@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from aphrodite_jax.errors import RegistrationError
 from kernels_pallas.interval_attention.reference import attention_weights
 from kernels_pallas.intervals import RowIntervals
 
@@ -41,6 +42,18 @@ class Observer:
         self.attention: dict[int, Float[Array, "N rows S"]] = {}
         self._layers, self._rows = frozenset(attention_layers), attention_rows
         self._num_attended = 0
+
+    def check(self) -> None:
+        """Refuse a model of which not every decoder layer was seen from outside.
+
+        Raises:
+          RegistrationError: a layer attends without `attend`, or was not called by `call_layer`.
+        """
+        if not self._num_attended or len(self.hidden_states) != self._num_attended + 1:
+            raise RegistrationError(
+                "only decoder layers that attend by `attend` and are called by `call_layer` can be looked into; "
+                f"{self._num_attended} attended, {max(len(self.hidden_states) - 1, 0)} were called so"
+            )
 
     def call(self, layer: Callable, args: tuple) -> Any:
         """``layer(*args)``; if it attends, its input and what it makes of it are kept."""
