@@ -166,6 +166,8 @@ class EngineConfig:
         several: fewer take less memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       tensor_parallel_size: devices that the model is divided over.
+      data_parallel_size: copies of the model, each on so many devices of its own; requests are shared out among them, and
+        ``max_num_seqs`` and the sizes of the caches are those of one.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
@@ -184,6 +186,7 @@ class EngineConfig:
     max_encode_items: int = 8
     prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     preprocess_workers: int = 2
     warm_up: bool = True
     on_recompile: str = "warn"
@@ -199,6 +202,7 @@ class EngineConfig:
             "encoder_cache_tokens",
             "max_encode_items",
             "tensor_parallel_size",
+            "data_parallel_size",
             "preprocess_workers",
         ):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ AphroditeError
 │   ├── TooManyItemsError                more items than ``limit_mm_per_prompt``
 │   └── PlaceholderError                 placeholders and items do not match
 ├── BatchError             (RuntimeError) a batch job whose input or output can't be used
+├── LockstepError          (RuntimeError) processes that serve one model together have come apart
 └── RecompilationError     (RuntimeError) a program compiled after warm-up where that is forbidden
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "BatchError",
     "CheckpointError",
     "ConfigError",
+    "LockstepError",
     "MediaError",
     "PlaceholderError",
     "PromptTooLongError",
@@ -72,6 +74,10 @@ class PlaceholderError(RequestError):
 
 class BatchError(AphroditeError, RuntimeError):
     """A batch job whose input can't be read, or whose output can't be written or is not its own."""
+
+
+class LockstepError(AphroditeError, RuntimeError):
+    """Processes that serve one model together differ in what they do, or can't reach each other."""
 
 
 class RecompilationError(AphroditeError, RuntimeError):

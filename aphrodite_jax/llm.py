@@ -89,13 +89,14 @@ class LLM:
         numbers: dict[str, int] = {}  # of the requests that run
         upcoming = iter(enumerate(prompts))
         ahead: collections.deque[tuple[int, Future]] = collections.deque()  # prompts that are being prepared
-        window = 2 * self.engine.engine_config.max_num_seqs  # more would only hold their pixels in memory
+        window = 2 * self.engine.max_running  # more would only hold their pixels in memory
         try:
             with self._tracing(), tqdm(total=len(prompts), desc="requests", disable=not use_tqdm) as bar:
                 while True:
                     for number, prompt in itertools.islice(upcoming, max(0, window - len(numbers) - len(ahead))):
                         ahead.append((number, self._pool.submit(self.engine.prepare, prompt)))
-                    while ahead and (ahead[0][1].done() or not numbers):  # in order; nobody waits while others run
+                    # In order; nobody waits while others run, but for processes that must all do the same.
+                    while ahead and (self.engine.lockstep or ahead[0][1].done() or not numbers):
                         number, future = ahead.popleft()
                         request_id = self._next_request_id()
                         try:
@@ -113,7 +114,7 @@ class LLM:
                             break
                         continue  # all of this window failed
                     # Nobody can join a step: all who wait are in the engine, or it has no room for more.
-                    full = len(numbers) >= self.engine.engine_config.max_num_seqs
+                    full = len(numbers) >= self.engine.max_running
                     self._step(1 if ahead and not full else MAX_DECODE_STEPS)
                     for request_id in list(numbers):
                         output = self._news.pop(request_id, None)

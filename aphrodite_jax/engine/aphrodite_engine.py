@@ -4,46 +4,41 @@ add_request   tokenize, process, map, check; one sequence per answer is queued
 step          schedule, encode, send the programs to the device; take in the tokens of the step before
 abort_request
 
-The host is one step ahead: while the device runs a step, the next is planned and sent, and what the device chose comes
-back one step late. A sequence that turns out to have ended has a row too many in the step behind, which is dropped. A
-request with penalties, whose next token hangs on those before in the host's hands, makes the host wait instead.
+The host is one step ahead of each replica's devices (`engine.replica`). A request with penalties, whose next token
+hangs on those before in the host's hands, makes the host wait instead.
 """
 
-import collections
 import dataclasses
 import functools
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.engine.admission import Prompt, PromptPreparer
-from aphrodite_jax.engine.block_manager import BlockManager
 from aphrodite_jax.engine.detokenizer import Detokenizer
-from aphrodite_jax.engine.encoder_cache import EncoderCache
+from aphrodite_jax.engine.lockstep import Lockstep
 from aphrodite_jax.engine.output import LogprobReader, request_output
 from aphrodite_jax.engine.profiling import media_shapes, media_tokens_per_prompt
-from aphrodite_jax.engine.scheduler import Chunk, Plan, Scheduler
-from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus, num_values
+from aphrodite_jax.engine.replica import Replica
+from aphrodite_jax.engine.scheduler import Chunk, Scheduler
+from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStatus
 from aphrodite_jax.engine.stats import EngineStats, clock
 from aphrodite_jax.errors import RequestError
-from aphrodite_jax.executor.batch import Rows
 from aphrodite_jax.executor.buckets import TILE_SIZE
-from aphrodite_jax.executor.mesh import make_mesh
+from aphrodite_jax.executor.mesh import make_mesh, part_on, processes_of, replica_meshes
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS, ModelRunner
+from aphrodite_jax.executor.processes import coordinator
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
 from aphrodite_jax.modeling.loader import load_model
 from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.outputs import RequestOutput
 from aphrodite_jax.sampling import (
     SampledTokens,
-    SamplingBatch,
-    SamplingRow,
-    build_sampling_batch,
     check_sampling_params,
     is_plain_greedy,
-    uses_history,
 )
 from aphrodite_jax.sampling_params import SamplingParams
 
@@ -57,6 +52,7 @@ class _Request:
     """A request that runs: its sequences, and the log-probabilities of its prompt so far."""
 
     request_id: str
+    replica: Replica
     prompt: PreparedPrompt
     params: SamplingParams
     sequences: tuple[Sequence, ...]
@@ -64,15 +60,6 @@ class _Request:
     incremental: bool = True
     arrived: float = 0.0
     last_token: float | None = None  # when it came, of any of the sequences
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Sent:
-    """A step on the device: its plan, the tokens to come ``[steps, R]`` or ``[R]``, and what else is told of them."""
-
-    plan: Plan
-    tokens: Any = None
-    details: SampledTokens | None = None
 
 
 class AphroditeEngine:
@@ -92,28 +79,8 @@ class AphroditeEngine:
         media_budget = media_tokens_per_prompt(model_config)
         self.tokenizer = load_tokenizer(model_config)
         self.end_token_ids = end_token_ids(model_config, self.tokenizer)
-        mesh = make_mesh(engine_config.tensor_parallel_size)
-        self.runner = ModelRunner(
-            load_model(model_config, mesh),
-            model_config,
-            engine_config,
-            media_budget=media_budget,
-            max_num_batched_tokens=self._prefill_tokens(media_budget),
-            media_shapes=functools.partial(media_shapes, model_config),
-            mesh=mesh,
-        )
-        if engine_config.warm_up:
-            self.runner.warm_up(show_progress=engine_config.show_progress)
-        self.scheduler = Scheduler(
-            BlockManager(self.runner.num_pages, self.runner.page_size),
-            EncoderCache(self.runner.encoder_rows),
-            max_num_seqs=engine_config.max_num_seqs,
-            token_budget=self.runner.buckets.prefill_tokens[-1],
-            tile_size=TILE_SIZE,
-            prefix_caching=engine_config.prefix_caching,
-        )
         self.stats = EngineStats()
-        self._sent: collections.deque[_Sent] = collections.deque()
+        self.replicas = self._make_replicas(media_budget)
         self._prepare = PromptPreparer(
             model_config,
             self.tokenizer,
@@ -126,6 +93,26 @@ class AphroditeEngine:
         self._logprobs = LogprobReader(self.tokenizer)
         self._requests: dict[str, _Request] = {}
         self._num_requests = 0
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model on the devices of the first replica; the others' differ in nothing but devices."""
+        return self.replicas[0].runner
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The first replica's."""
+        return self.replicas[0].scheduler
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that all replicas run at a time."""
+        return self.engine_config.max_num_seqs * len(self.replicas)
+
+    @property
+    def lockstep(self) -> Lockstep | None:
+        """What holds this process together with others that serve the same replica; None for one that is alone."""
+        return self.replicas[0].lockstep
 
     # Requests.
 
@@ -188,10 +175,12 @@ class AphroditeEngine:
         sequences = tuple(
             self._sequence(f"{request_id}/{index}", prepared, params, (number, index)) for index in range(params.n)
         )
+        replica = self.replica_for(prepared)
         for sequence in sequences:
-            self.scheduler.add(sequence)
+            replica.scheduler.add(sequence)
         self._requests[request_id] = _Request(
             request_id=request_id,
+            replica=replica,
             prompt=prepared,
             params=params,
             sequences=sequences,
@@ -216,6 +205,10 @@ class AphroditeEngine:
             ends_by_length=_ends_by_length(params),
         )
 
+    def replica_for(self, prepared: PreparedPrompt) -> Replica:
+        """Where a request would go now: to the replica with the fewest, and among equals to one that has its media."""
+        return min(self.replicas, key=lambda replica: (replica.num_unfinished, not replica.holds(prepared)))
+
     def preview(self, prepared: PreparedPrompt) -> list[tuple[int, int]]:
         """The chunks ``[begin, end)`` in which a prompt would be computed now if it came alone; changes nothing.
 
@@ -224,7 +217,8 @@ class AphroditeEngine:
         Raises:
           RequestError: rows that see each other don't fit in one step.
         """
-        return self.scheduler.preview(self._sequence("preview", prepared, SamplingParams(), (0, 0)))
+        sequence = self._sequence("preview", prepared, SamplingParams(), (0, 0))
+        return self.replica_for(prepared).scheduler.preview(sequence)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Stop a request and free what it holds; what it has so far, or None where the id is not in use."""
@@ -244,22 +238,23 @@ class AphroditeEngine:
 
     def describe_stats(self) -> dict[str, Any]:
         """`EngineStats` as plain values, and how the caches are doing now."""
-        blocks = self.scheduler.blocks
+        schedulers = [replica.scheduler for replica in self.replicas]
         return self.stats.as_dict(
             {
-                "prompt_tokens_cached": self.scheduler.num_cached_tokens,
-                "preemptions": self.scheduler.num_preemptions,
-                "pages": blocks.num_pages,
-                "pages_in_use": blocks.num_pages - blocks.num_free_pages,
-                "programs": len(self.runner.programs.table()),
-                "late_compiles": self.runner.programs.late_compiles,
+                "prompt_tokens_cached": sum(x.num_cached_tokens for x in schedulers),
+                "preemptions": sum(x.num_preemptions for x in schedulers),
+                "replicas": len(self.replicas),
+                "pages": sum(x.blocks.num_pages for x in schedulers),
+                "pages_in_use": sum(x.blocks.num_pages - x.blocks.num_free_pages for x in schedulers),
+                "programs": sum(len(replica.runner.programs.table()) for replica in self.replicas),
+                "late_compiles": sum(replica.runner.programs.late_compiles for replica in self.replicas),
             }
         )
 
     def reset_caches(self) -> None:
         """Forget encoded media and pages that no running request needs; an idle engine is then as at the start."""
-        self.scheduler.encoder_cache.discard_unpinned()
-        self.scheduler.blocks.forget_idle()
+        for replica in self.replicas:
+            replica.reset_caches()
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -281,157 +276,50 @@ class AphroditeEngine:
     def _step(self, max_decode_steps: int) -> list[RequestOutput]:
         begin = clock()
         waited, moved = self.stats.wait, []
-        if self._sent and any(uses_history(sequence.params) for sequence in self.scheduler.running):
-            moved += self._take_in()
-        with jax.profiler.TraceAnnotation("plan and send"):
-            plan = self.scheduler.schedule(max_decode_steps)
-            if plan is not None:
-                self._sent.append(self._send(plan))
-        if plan is None and not self._sent and not moved and self._requests:
-            raise RuntimeError(f"no step can be planned, though {len(self._requests)} requests wait")
-        while len(self._sent) > (plan is not None):
-            moved += self._take_in()
+        busy = [replica for replica in self.replicas if replica.num_unfinished or replica.num_sent]
+        # Those whose devices are done go on; nobody waits for one while another has nothing to do.
+        for replica in [x for x in busy if x.is_ready] or busy[:1]:
+            moved += self._advance(replica, max_decode_steps)
         outputs = self._collect(moved)
         took = clock() - begin
         self.stats.step += took
         self.stats.plan += took - (self.stats.wait - waited)
         return outputs
 
-    # A step's parts.
+    def _advance(self, replica: Replica, max_decode_steps: int) -> list[Sequence]:
+        """Send a replica's next step and take in the one before; the sequences that have one more token."""
+        moved = self._take_in(replica) if replica.num_sent and replica.needs_history else []
+        with jax.profiler.TraceAnnotation("plan and send"):
+            step = replica.send(max_decode_steps)
+        if step is None and not replica.num_sent and not moved and replica.num_unfinished:
+            raise RuntimeError(f"no step can be planned, though {replica.num_unfinished} sequences wait")
+        if step is not None and step.offsets is not None:
+            for chunk, offset in zip(step.plan.prefill, step.offsets, strict=True):
+                self._take_prompt_logprobs(replica, chunk, step.hidden, offset)
+            step.hidden = None
+        while replica.num_sent > (step is not None):
+            moved += self._take_in(replica)
+        return moved
 
-    def _send(self, plan: Plan) -> _Sent:
-        """Start the programs of a step."""
-        self._encode(plan)
-        plain = all(is_plain_greedy(chunk.sequence.params) for chunk in plan.chunks if chunk.samples)
-        if plain and not plan.prefill and all(c.begin >= c.sequence.prompt_length for c in plan.decode):
-            sequences = [chunk.sequence for chunk in plan.decode]
-            tokens = self.runner.decode(
-                [sequence.slot for sequence in sequences],
-                [chunk.begin for chunk in plan.decode],
-                [sequence.prompt.position_offset for sequence in sequences],
-                [self.scheduler.blocks.block_table(sequence.sequence_id) for sequence in sequences],
-                plan.num_steps,
-            )
-            self._count(plan, self.runner.num_greedy_rows(len(sequences)) * plan.num_steps)
-            self.scheduler.sent(plan)
-            return _Sent(plan=plan, tokens=tokens)
-        decode, prefill = ([self._rows(chunk) for chunk in chunks] for chunks in (plan.decode, plan.prefill))
-        logits, hidden, offsets = self.runner.forward(decode, prefill)
-        self._count(plan, self.runner.num_rows(decode, prefill))
-        for chunk, offset in zip(plan.prefill, offsets, strict=True):
-            self._take_prompt_logprobs(chunk, hidden, offset)
-        sent = _Sent(plan=plan)
-        if any(chunk.samples for chunk in plan.chunks):
-            slots = np.full(logits.shape[0], self.runner.num_slots, np.int32)
-            for row, chunk in enumerate(plan.chunks):
-                if chunk.samples:
-                    slots[row] = chunk.sequence.slot
-            batch = None if plain else self._sampling_batch(plan, logits.shape[0])
-            tokens, details = self.runner.sample(logits, slots, batch)
-            sent = _Sent(plan=plan, tokens=tokens, details=details)
-        self.scheduler.sent(plan)
-        return sent
-
-    def _take_in(self) -> list[Sequence]:
-        """Wait for the oldest step on the device and take its tokens; the sequences that have one more."""
-        sent = self._sent.popleft()
-        begin = clock()
-        with jax.profiler.TraceAnnotation("wait"):
-            tokens, details = jax.device_get((sent.tokens, sent.details))
-        tokens = np.atleast_2d(tokens)
-        self.stats.wait += clock() - begin
+    def _take_in(self, replica: Replica) -> list[Sequence]:
+        """Wait for a replica's oldest step and take its tokens; the sequences that have one more."""
+        step, tokens = replica.take_in()
         moved = []
-        for step in range(sent.plan.num_steps):
-            for row, chunk in enumerate(sent.plan.chunks):
+        for index in range(step.plan.num_steps):
+            for row, chunk in enumerate(step.plan.chunks):
                 if chunk.samples:
                     chunk.sequence.num_pending -= 1
                     if chunk.sequence.status is not SequenceStatus.FINISHED:
-                        self._take_token(chunk.sequence, int(tokens[step, row]), details, row)
+                        self._take_token(chunk.sequence, int(tokens[index, row]), step.details, row)
                         moved.append(chunk.sequence)
         for sequence in moved:
-            self.scheduler.publish(sequence)
+            replica.scheduler.publish(sequence)
         return moved
-
-    def _count(self, plan: Plan, num_rows: int) -> None:
-        """``num_rows`` are those that the device computes, padding included."""
-        stats = self.stats
-        rows = sum(map(len, plan.chunks)) + len(plan.decode) * (plan.num_steps - 1)
-        stats.steps += 1
-        stats.decode_steps += plan.num_steps * bool(plan.decode)
-        stats.rows += rows
-        stats.padded_rows += num_rows - rows
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            in_prompt = max(0, min(chunk.end, sequence.prompt_length) - chunk.begin)
-            stats.prompt_tokens_computed += in_prompt
-            if chunk.begin == sequence.num_cached and in_prompt:
-                stats.prompt_tokens += sequence.prompt_length
-                stats.media_items += len(sequence.prompt.media)
-        stats.media_encoded += len(plan.encode)
-
-    def _encode(self, plan: Plan) -> None:
-        """Media of one shape go together; embeddings that the user computed are stored as they are."""
-        by_shape: dict[tuple, list] = {}
-        for item, rows in plan.encode:
-            if item.embeds is not None:
-                self.runner.store(item.embeds, rows)
-            elif item.mm_kwargs is not None:
-                self.stats.media_values += item.num_values
-                self.stats.media_padding += num_values(item.mm_kwargs) - item.num_values
-                shape = tuple((name, array.shape) for name, array in sorted(item.mm_kwargs.items()))
-                by_shape.setdefault((item.modality, shape), []).append((item.mm_kwargs, rows))
-        for group in by_shape.values():
-            self.runner.encode([mm_kwargs for mm_kwargs, _ in group], [rows for _, rows in group])
-
-    def _rows(self, chunk: Chunk) -> Rows:
-        sequence, begin, end = chunk.sequence, chunk.begin, chunk.end
-        return Rows(
-            token_ids=sequence.tokens(begin, end),
-            start=begin,
-            prompt_length=sequence.prompt_length,
-            intervals=sequence.intervals(begin, end),
-            positions=sequence.positions(begin, end),
-            pages=self.scheduler.blocks.block_table(sequence.sequence_id),
-            media_rows=self._media_rows(sequence, begin, end),
-            slot=sequence.slot,
-        )
-
-    def _media_rows(self, sequence: Sequence, begin: int, end: int) -> np.ndarray | None:
-        if not sequence.prompt.media or begin >= sequence.prompt_length:
-            return None
-        media_rows = np.full(end - begin, -1, np.int32)
-        for item in sequence.prompt.media:
-            if item.placeholder.offset < end and begin < item.placeholder.stop:
-                rows = self.scheduler.encoder_cache.lookup(item.content_hash)
-                assert rows is not None, "a running sequence's media are pinned"
-                tokens = item.placeholder.row_tokens
-                first, last = np.searchsorted(tokens, (begin, end))
-                media_rows[tokens[first:last] - begin] = rows[first:last]
-        return media_rows
-
-    def _sampling_batch(self, plan: Plan, num_rows: int) -> SamplingBatch:
-        rows = [self._sampling_row(chunk.sequence) for chunk in plan.chunks]
-        return build_sampling_batch(
-            rows,
-            num_rows=num_rows,
-            vocab_size=self.runner.vocab_size,
-            history_width=self.runner.context_length if any(uses_history(row.params) for row in rows) else 0,
-        )
-
-    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        return SamplingRow(
-            params=sequence.params,
-            seed=sequence.seed,
-            prompt_token_ids=sequence.prompt.token_ids,
-            output_token_ids=sequence.output_ids,
-            num_pending=sequence.num_pending,
-            end_token_ids=() if sequence.params.ignore_eos else tuple(self.end_token_ids),
-        )
 
     def _take_token(self, sequence: Sequence, token: int, sampled: SampledTokens | None, row: int) -> None:
         params = sequence.params
         sequence.output_ids.append(token)
-        self._count_token(self._requests[sequence.sequence_id.rpartition("/")[0]])
+        self._count_token(self._request_of(sequence))
         if params.logprobs is not None:
             assert sampled is not None, "a request that asks for log-probabilities is not plain greedy"
             sequence.logprobs.append(self._logprobs.read(sampled, row, token, params.logprobs))
@@ -454,9 +342,9 @@ class AphroditeEngine:
             self.stats.time_between_tokens.add(now - request.last_token)
         request.last_token = now
 
-    def _take_prompt_logprobs(self, chunk: Chunk, hidden, offset: int) -> None:
+    def _take_prompt_logprobs(self, replica: Replica, chunk: Chunk, hidden, offset: int) -> None:
         sequence = chunk.sequence
-        request = self._requests[sequence.sequence_id.rpartition("/")[0]]
+        request = self._request_of(sequence)
         count = request.params.prompt_logprobs
         if count is None or request.prompt_logprobs is None or sequence is not request.sequences[0]:
             return
@@ -466,7 +354,7 @@ class AphroditeEngine:
             return
         targets = sequence.prompt.token_ids[begin + 1 : end + 1]
         rows = np.arange(offset + begin - chunk.begin, offset + end - chunk.begin)
-        result = self.runner.prompt_logprobs(hidden, rows, targets)
+        result = replica.runner.prompt_logprobs(hidden, rows, targets)
         request.prompt_logprobs.extend(
             self._logprobs.read(result, row, int(token), count) for row, token in enumerate(targets)
         )
@@ -489,9 +377,57 @@ class AphroditeEngine:
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: str | int | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        self.scheduler.finish(sequence)
+        self._request_of(sequence).replica.scheduler.finish(sequence)
 
-    # Checks and sizes.
+    def _request_of(self, sequence: Sequence) -> _Request:
+        return self._requests[sequence.sequence_id.rpartition("/")[0]]
+
+    # The model, checks and sizes.
+
+    def _make_replicas(self, media_budget: int) -> tuple[Replica, ...]:
+        """The model on each row of the mesh that this process serves, its programs compiled if they are to be."""
+        config = self.engine_config
+        mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+        model = load_model(self.model_config, mesh)
+        replicas = []
+        for row in replica_meshes(mesh):
+            runner = ModelRunner(
+                part_on(model, row),
+                self.model_config,
+                config,
+                media_budget=media_budget,
+                max_num_batched_tokens=self._prefill_tokens(media_budget),
+                media_shapes=functools.partial(media_shapes, self.model_config),
+                mesh=row,
+            )
+            lockstep = self._make_lockstep(row, runner)
+            if config.warm_up:
+                runner.warm_up(show_progress=config.show_progress)
+            replicas.append(
+                Replica(
+                    runner,
+                    self.stats,
+                    end_token_ids=self.end_token_ids,
+                    max_num_seqs=config.max_num_seqs,
+                    prefix_caching=config.prefix_caching,
+                    lockstep=lockstep,
+                )
+            )
+        return tuple(replicas)
+
+    def _make_lockstep(self, row: Mesh | None, runner: ModelRunner) -> Lockstep | None:
+        """For a replica that several processes serve; they must agree on all that their programs are made of."""
+        processes = processes_of(row)
+        if row is None or len(processes) == 1:
+            return None
+        name = f"replica {processes[0]}"
+        lockstep = Lockstep(coordinator(), name, processes=processes, process=jax.process_index())
+        lockstep.compare("jax's version", jax.__version__)
+        lockstep.compare("the model's config", str(self.model_config.hf_config.to_dict()))
+        told_of_engine = dataclasses.replace(self.engine_config, trace_dir=None, compilation_cache_dir=None)
+        lockstep.compare("the engine's options", str(told_of_engine))
+        lockstep.compare("the number of KV pages", str(runner.num_pages))
+        return lockstep
 
     def _prefill_tokens(self, media_budget: int) -> int:
         asked = self.engine_config.max_num_batched_tokens

@@ -75,7 +75,7 @@ class Explanation:
 def explain(engine: AphroditeEngine, prompt: Prompt) -> Explanation:
     """See `aphrodite_jax.LLM.explain`."""
     prepared = engine.prepare(prompt)
-    encoder_cache = engine.scheduler.encoder_cache
+    encoder_cache = engine.replica_for(prepared).scheduler.encoder_cache
     return Explanation(
         prompt=prepared.text,
         token_ids=prepared.token_tuple,

@@ -1,0 +1,122 @@
+"""Several processes, one schedule: each plans by itself, and each sees that the others planned the same.
+
+Devices of several hosts run one program only if every host sends it. A host that plans something else would leave all
+devices waiting for each other for good. So each process publishes a digest of each plan, and before it waits for the
+devices it compares the digests of the step before with the others': what differs stops the job with words.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from aphrodite_jax.engine.scheduler import Chunk, Plan
+from aphrodite_jax.errors import LockstepError
+from aphrodite_jax.executor.processes import Store
+
+__all__ = ["Lockstep"]
+
+PATIENCE = 300.0
+"""Seconds in which another process must have come to the same step."""
+MAX_SUMMARY = 300
+"""Characters of a plan that stand in a message."""
+
+
+class Lockstep:
+    """Compares the plans of processes that serve a replica together.
+
+    Args:
+      store: of the processes' texts.
+      name: of the replica, the same in all of them.
+      processes: those that serve it; ``process`` is this one.
+      patience: seconds in which another process must have come to the same step.
+    """
+
+    def __init__(self, store: Store, name: str, *, processes: Sequence[int], process: int, patience: float = PATIENCE):
+        self._store, self._name, self._process, self._patience = store, name, process, patience
+        self._others = [other for other in processes if other != process]
+        self.leads = process == min(processes)
+        self._digest = hashlib.sha256()
+        self._step = 0  # of the latest plan that was published; 0 for none
+        self._unchecked: str | None = None
+        self._wants_stop = self._told_stop = self._stops = False
+
+    @property
+    def stops(self) -> bool:
+        """Whether some process asked for a stop; all processes learn it at the same step."""
+        return self._stops
+
+    def ask_for_stop(self) -> None:
+        """Have all processes see ``stops``, a step from now."""
+        self._wants_stop = True
+
+    def compare(self, what: str, text: str) -> None:
+        """See that all processes say the same of ``what``, an option of the engine say.
+
+        Raises:
+          LockstepError: one says something else, or does not come.
+        """
+        self._store.put(self._key(what, self._process), text)
+        for other in self._others:
+            theirs = self._of(other, what)
+            if theirs != text:
+                raise LockstepError(
+                    f"processes of one replica differ in {what}: process {self._process} has {text}, process {other} "
+                    f"has {theirs}; start all of them with the same options, files and versions"
+                )
+
+    def publish(self, plan: Plan) -> None:
+        """Tell the others of a plan."""
+        for chunk in plan.chunks:
+            self._digest.update(_told(chunk).encode())
+            if chunk.begin < chunk.sequence.prompt_length:
+                self._digest.update(chunk.sequence.prompt.token_ids[chunk.begin : chunk.end].tobytes())
+        for item, _ in plan.encode:
+            self._digest.update(item.content_hash.encode())
+        self._digest.update(plan.num_steps.to_bytes(2))
+        self._step += 1
+        self._told_stop = self._wants_stop
+        flag = "stop" if self._told_stop else "go"
+        self._unchecked = f"{self._digest.hexdigest()[:32]} {_summary(plan)}"
+        self._store.put(self._key(f"step {self._step}", self._process), f"{flag} {self._unchecked}")
+        if self._step > 2:  # whoever published the step between has read it
+            self._store.delete(self._key(f"step {self._step - 2}", self._process))
+
+    def check(self) -> None:
+        """See that the others' latest plan was this process's; once for each plan, and before its results are awaited.
+
+        Raises:
+          LockstepError: it was another, or one of them did not come to it.
+        """
+        if self._unchecked is None:
+            return
+        mine, self._unchecked = self._unchecked, None
+        stops = self._told_stop
+        for other in self._others:
+            flag, _, theirs = self._of(other, f"step {self._step}").partition(" ")
+            stops |= flag == "stop"
+            if theirs != mine:
+                raise LockstepError(
+                    f"at step {self._step}, process {self._process} planned{mine[32:]}, and process {other} "
+                    f"planned{theirs[32:]}: they must get the same requests with the same options, in the same order"
+                )
+        self._stops |= stops
+
+    def _of(self, other: int, what: str) -> str:
+        text = self._store.get(self._key(what, other), self._patience)
+        if text is None:
+            raise LockstepError(
+                f"process {other} did not come to {what} within {self._patience:.0f} s of process {self._process}: it "
+                "has fewer requests, or hangs; look into its log"
+            )
+        return text
+
+    def _key(self, what: str, process: int) -> str:
+        return f"aphrodite_jax/{self._name}/{what}/{process}"
+
+
+def _told(chunk: Chunk) -> str:
+    return f"{chunk.sequence.sequence_id} {chunk.begin}:{chunk.end}; "
+
+
+def _summary(plan: Plan) -> str:
+    text = f"{len(plan.decode)} rows of decode, {len(plan.prefill)} of prompts: {''.join(map(_told, plan.chunks))}"
+    return text if len(text) <= MAX_SUMMARY else f"{text[: MAX_SUMMARY - 3]}..."
