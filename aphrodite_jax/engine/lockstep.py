@@ -1,8 +1,9 @@
 """Several processes, one schedule: each plans by itself, and each sees that the others planned the same.
 
-Devices of several hosts run one program only if every host sends it. A host that plans something else would leave all
-devices waiting for each other for good. So each process publishes a digest of each plan, and before it waits for the
-devices it compares the digests of the step before with the others': what differs stops the job with words.
+Devices of several hosts run one program only if every host sends it. A host that sends something else would leave all
+devices waiting for each other for good. So each process publishes a digest of each plan, and sends none before it has
+seen that the others' digests are the same: what differs stops the job with words. The devices need not wait for that,
+since a step is planned while they run the one before.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ __all__ = ["Lockstep"]
 
 PATIENCE = 300.0
 """Seconds in which another process must have come to the same step."""
+DIGEST = 32
+"""Characters of a digest that are compared."""
 MAX_SUMMARY = 300
 """Characters of a plan that stand in a message."""
 
@@ -36,8 +39,7 @@ class Lockstep:
         self.leads = process == min(processes)
         self._digest = hashlib.sha256()
         self._step = 0  # of the latest plan that was published; 0 for none
-        self._unchecked: str | None = None
-        self._wants_stop = self._told_stop = self._stops = False
+        self._wants_stop = self._stops = False
 
     @property
     def stops(self) -> bool:
@@ -45,7 +47,7 @@ class Lockstep:
         return self._stops
 
     def ask_for_stop(self) -> None:
-        """Have all processes see ``stops``, a step from now."""
+        """Have all processes see ``stops`` at the next step."""
         self._wants_stop = True
 
     def compare(self, what: str, text: str) -> None:
@@ -63,8 +65,31 @@ class Lockstep:
                     f"has {theirs}; start all of them with the same options, files and versions"
                 )
 
-    def publish(self, plan: Plan) -> None:
-        """Tell the others of a plan."""
+    def agree(self, plan: Plan) -> None:
+        """Tell the others of a plan, and see that theirs is the same, before its programs are sent.
+
+        Raises:
+          LockstepError: it is another, or one of them does not come to it.
+        """
+        self._add(plan)
+        self._step += 1
+        what, stops = f"step {self._step}", self._wants_stop
+        mine = f"{self._digest.hexdigest()[:DIGEST]} {_summary(plan)}"
+        self._store.put(self._key(what, self._process), f"{'stop' if stops else 'go'} {mine}")
+        for other in self._others:
+            flag, _, theirs = self._of(other, what).partition(" ")
+            stops |= flag == "stop"
+            if theirs != mine:
+                raise LockstepError(
+                    f"at {what}, process {self._process} planned{mine[DIGEST:]}, and process {other} planned"
+                    f"{theirs[DIGEST:]}: all must get the same requests with the same options, in the same order"
+                )
+        self._stops |= stops
+        if self._step > 1:  # whoever came to this step has read the one before
+            self._store.delete(self._key(f"step {self._step - 1}", self._process))
+
+    def _add(self, plan: Plan) -> None:
+        """To the digest of all plans so far."""
         for chunk in plan.chunks:
             self._digest.update(_told(chunk).encode())
             if chunk.begin < chunk.sequence.prompt_length:
@@ -72,33 +97,6 @@ class Lockstep:
         for item, _ in plan.encode:
             self._digest.update(item.content_hash.encode())
         self._digest.update(plan.num_steps.to_bytes(2))
-        self._step += 1
-        self._told_stop = self._wants_stop
-        flag = "stop" if self._told_stop else "go"
-        self._unchecked = f"{self._digest.hexdigest()[:32]} {_summary(plan)}"
-        self._store.put(self._key(f"step {self._step}", self._process), f"{flag} {self._unchecked}")
-        if self._step > 2:  # whoever published the step between has read it
-            self._store.delete(self._key(f"step {self._step - 2}", self._process))
-
-    def check(self) -> None:
-        """See that the others' latest plan was this process's; once for each plan, and before its results are awaited.
-
-        Raises:
-          LockstepError: it was another, or one of them did not come to it.
-        """
-        if self._unchecked is None:
-            return
-        mine, self._unchecked = self._unchecked, None
-        stops = self._told_stop
-        for other in self._others:
-            flag, _, theirs = self._of(other, f"step {self._step}").partition(" ")
-            stops |= flag == "stop"
-            if theirs != mine:
-                raise LockstepError(
-                    f"at step {self._step}, process {self._process} planned{mine[32:]}, and process {other} "
-                    f"planned{theirs[32:]}: they must get the same requests with the same options, in the same order"
-                )
-        self._stops |= stops
 
     def _of(self, other: int, what: str) -> str:
         text = self._store.get(self._key(what, other), self._patience)

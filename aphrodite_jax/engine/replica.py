@@ -122,13 +122,11 @@ class Replica:
         Raises:
           LockstepError: another process planned another step.
         """
-        if self.lockstep is not None:
-            self.lockstep.check()
         plan = self.scheduler.schedule(max_decode_steps)
         if plan is None:
             return None
         if self.lockstep is not None:
-            self.lockstep.publish(plan)
+            self.lockstep.agree(plan)
         step = self._start(plan)
         self.scheduler.sent(plan)
         self._sent.append(step)
