@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 
 from aphrodite_jax.errors import ConfigError
 
-__all__ = ["EngineConfig", "ModelConfig", "default_compilation_cache_dir", "shipped_model_path"]
+__all__ = ["EngineConfig", "ModelConfig", "default_compilation_cache_dir", "shipped_model_path", "split_options"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_MAX_IMAGE_PIXELS = 178_956_970
@@ -163,16 +163,20 @@ class EngineConfig:
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
       max_encode_items: media items of one shape that are encoded together at most, and never more than 4096 rows of
-        several: fewer take less memory.
+        several on a device: fewer take less memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       tensor_parallel_size: devices that the model is divided over.
-      data_parallel_size: copies of the model, each on so many devices of its own; requests are shared out among them, and
-        ``max_num_seqs`` and the sizes of the caches are those of one.
+      encoder_parallel: how these encode media: "items", each device its own, for which all of the encoder's weights lie
+        on each; or "weights", all devices each item, with their parts of the weights.
+      data_parallel_size: copies of the model, each on so many devices of its own; requests are shared out among them.
+        ``max_num_seqs`` and the sizes of the caches are those of one copy.
       preprocess_workers: threads that prepare prompts of a list ahead of the device.
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
       compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
         user's cache directory, None keeps none. A directory that JAX was configured with goes before.
+      programs_dir: where compiled programs are kept whole, to be read without tracing at the next start, or after
+        ``aphrodite-jax plan --export`` on another machine; None keeps none. Reading one can run any code: use your own.
       trace_dir: where each `LLM.generate` leaves a trace of `jax.profiler`, its steps named; None traces nothing.
       show_progress: draw progress bars on stderr, and tell there, after the warm-up, where the memory goes.
     """
@@ -186,11 +190,13 @@ class EngineConfig:
     max_encode_items: int = 8
     prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    encoder_parallel: str = "items"
     data_parallel_size: int = 1
     preprocess_workers: int = 2
     warm_up: bool = True
     on_recompile: str = "warn"
     compilation_cache_dir: str | None = "auto"
+    programs_dir: str | None = None
     trace_dir: str | None = None
     show_progress: bool = True
 
@@ -211,6 +217,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.on_recompile not in ("warn", "raise"):
             raise ConfigError(f"on_recompile must be 'warn' or 'raise', got {self.on_recompile!r}")
+        if self.encoder_parallel not in ("items", "weights"):
+            raise ConfigError(f"encoder_parallel must be 'items' or 'weights', got {self.encoder_parallel!r}")
         for name in ("prefix_caching", "warm_up", "show_progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -219,6 +227,26 @@ class EngineConfig:
             raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", _bytes(self.kv_cache_memory))
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig]:
+    """The two configs of fields of either, by name.
+
+    Raises:
+      ConfigError: an option that neither has, or that is out of range.
+    """
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)}
+    of_engine = {field.name for field in dataclasses.fields(EngineConfig)}
+    unknown = sorted(set(options) - of_model - of_engine)
+    if unknown:
+        raise ConfigError(
+            f"unknown option {', '.join(map(repr, unknown))}; there are "
+            f"{', '.join(sorted((of_model | of_engine) - {'model'}))}"
+        )
+    return (
+        ModelConfig(**{name: value for name, value in options.items() if name in of_model}),
+        EngineConfig(**{name: value for name, value in options.items() if name in of_engine}),
+    )
 
 
 def _position_limit(config: transformers.PretrainedConfig) -> int | None:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from aphrodite_jax.config import EngineConfig, ModelConfig, default_compilation_cache_dir
+from aphrodite_jax.config import EngineConfig, default_compilation_cache_dir, split_options
 from aphrodite_jax.engine import AphroditeEngine
 from aphrodite_jax.engine.admission import Prompt
 from aphrodite_jax.engine.sequence import PreparedPrompt
@@ -47,7 +46,7 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike | None = None, **options: Any):
-        model_config, engine_config = _split_options(model, options)
+        model_config, engine_config = split_options({"model": model, **options})
         _use_compilation_cache(engine_config)
         self.model_config = model_config
         self.engine = AphroditeEngine(model_config, engine_config)
@@ -293,20 +292,6 @@ class LLM:
 
     def _next_request_id(self) -> str:
         return f"request-{next(self._request_numbers)}"
-
-
-def _split_options(model, options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig]:
-    of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {"model"}
-    of_engine = {field.name for field in dataclasses.fields(EngineConfig)}
-    unknown = sorted(set(options) - of_model - of_engine)
-    if unknown:
-        raise ConfigError(
-            f"unknown option {', '.join(map(repr, unknown))}; there are {', '.join(sorted(of_model | of_engine))}"
-        )
-    return (
-        ModelConfig(model=model, **{name: value for name, value in options.items() if name in of_model}),
-        EngineConfig(**{name: value for name, value in options.items() if name in of_engine}),
-    )
 
 
 def _params_per_prompt(params, count: int) -> list[SamplingParams]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from aphrodite_jax import LLM, SamplingParams
 from aphrodite_jax.cli import main
+from aphrodite_jax.errors import BatchError
 
 pytestmark = pytest.mark.once
 
@@ -101,6 +102,29 @@ def test_batch_writes_answers_and_errors(model, pictures, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("1 answered, 1 with an error, 2 of them by an earlier run\n")
 
 
+def test_options_of_a_batch_reach_the_job(tmp_path, monkeypatch, capsys):
+    def opened(*args, **options):
+        raise BatchError(json.dumps([args, {name: v for name, v in options.items() if name != "model_config"}]))
+
+    monkeypatch.setattr("aphrodite_jax.batch.open_parts", opened)
+    options = ["--format", "parquet", "--prompt", "what?", "--system", "be short", "--image-column", "picture"]
+    options += ["--id-column", "name", "--top-p", "0.5", "--stop", "a", "--stop", "b", "--max-tokens", "9"]
+    options += ["--rows-per-part", "7", "--served-model-name", "m"]
+    assert json.loads(complaint(capsys, "batch", "table", "-o", "out", *options)) == [
+        ["table", "out"],
+        {
+            "form": "parquet",
+            "prompt": "what?",
+            "system": "be short",
+            "columns": {"image": "picture", "id": "name"},
+            "sampling": {"stop": ["a", "b"], "top_p": 0.5},
+            "max_tokens": 9,
+            "served_model_names": ["m"],
+            "rows_per_part": 7,
+        },
+    ]
+
+
 def test_models_lists_architectures_and_what_they_take(capsys):
     assert status("models") == 0
     captured = capsys.readouterr()
@@ -126,6 +150,17 @@ def test_models_lists_architectures_and_what_they_take(capsys):
         (["generate", "--hf-overrides", "{", "hi"], "must be a JSON object"),
         (["batch", "requests.jsonl"], "-o/--output"),
         (["batch", "requests.jsonl", "-o", "answers.jsonl", "--max-num-seqs", "0"], "must be at least 1"),
+        (["batch", "requests.jsonl", "-o", "answers.jsonl", "--prompt", "hi"], "--prompt is for rows that are no"),
+        (["batch", "requests.jsonl", "-o", "answers.jsonl", "--top-k", "3"], "--top-k is for rows that are no"),
+        (
+            ["batch", "requests.jsonl", "-o", "answers.jsonl", "--worker", "0/2"],
+            "--worker needs an OUTPUT that is a dir",
+        ),
+        (["batch", "table.parquet", "-o", "answers.jsonl"], "give a directory"),
+        (["batch", "s3://bucket/requests.jsonl", "-o", "answers.jsonl"], "give a directory"),
+        (["batch", "requests.jsonl", "-o", "answers", "--worker", "2/2"], "must be like 0/4"),
+        (["batch", "requests.jsonl", "-o", "answers", "--max-failures", "-1"], "must be a number of rows"),
+        (["batch", "requests.jsonl", "-o", "answers", "--format", "csv"], "invalid choice"),
     ],
 )
 def test_a_wrong_command_line_is_status_2(argv, words, capsys):

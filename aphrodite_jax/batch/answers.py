@@ -12,7 +12,7 @@ from aphrodite_jax.batch.refusal import Refusal
 from aphrodite_jax.batch.requests import BatchRequest
 from aphrodite_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
-__all__ = ["OutputLine", "answer_line", "line_id", "refusal_line"]
+__all__ = ["OutputLine", "answer_line", "answer_value", "json_line", "line_id", "refusal_line"]
 
 _LOWEST_LOGPROB = -9999.0
 """What the OpenAI API writes for a token of probability zero, since JSON has no infinity."""
@@ -33,6 +33,11 @@ def line_id(number: int) -> str:
 
 def answer_line(number: int, request: BatchRequest, output: RequestOutput) -> OutputLine:
     """The output line of a request that was answered."""
+    return OutputLine(json_line(answer_value(number, request, output)), answered=True)
+
+
+def answer_value(number: int, request: BatchRequest, output: RequestOutput) -> dict[str, Any]:
+    """What the line of a request that was answered holds, as JSON values."""
     chat, num_logprobs = request.kind == "chat", request.sampling_params.logprobs
     num_completion = sum(len(answer.token_ids) for answer in output.outputs)
     num_prompt = len(output.prompt_token_ids)
@@ -50,7 +55,7 @@ def answer_line(number: int, request: BatchRequest, output: RequestOutput) -> Ou
             "total_tokens": num_prompt + num_completion,
         },
     }
-    return _line(number, request.custom_id, 200, body, None)
+    return _value(number, request.custom_id, 200, body, None)
 
 
 def refusal_line(number: int, custom_id: str | None, refusal: Refusal) -> OutputLine:
@@ -58,19 +63,21 @@ def refusal_line(number: int, custom_id: str | None, refusal: Refusal) -> Output
     error = {"code": refusal.code, "message": str(refusal)}
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
     body = {"error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code}}
-    return _line(number, custom_id, refusal.status, body, error)
+    return OutputLine(json_line(_value(number, custom_id, refusal.status, body, error)), answered=False)
 
 
-def _line(number: int, custom_id: str | None, status: int, body: Any, error: Any) -> OutputLine:
-    value = {
+def json_line(value: Any) -> bytes:
+    """One line of JSON, in ASCII: no reader splits it at U+2028, and lone surrogates of the input survive."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _value(number: int, custom_id: str | None, status: int, body: Any, error: Any) -> dict[str, Any]:
+    return {
         "id": line_id(number),
         "custom_id": custom_id,
         "response": {"status_code": status, "request_id": f"req_{number:09d}", "body": body},
         "error": error,
     }
-    # ASCII, so that no reader splits a line at U+2028 and lone surrogates of the input survive.
-    data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
-    return OutputLine(data, answered=error is None)
 
 
 def _chat_choice(answer: CompletionOutput, num_logprobs: int | None) -> dict[str, Any]:

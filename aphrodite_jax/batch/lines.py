@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["MAX_LINE_BYTES", "InputSummary", "Line", "read_lines", "scan_input"]
+__all__ = ["MAX_LINE_BYTES", "InputSummary", "Line", "read_lines", "read_lines_from", "scan_input"]
 
 MAX_LINE_BYTES = 256 * 2**20
 """Longest line that is read whole, in bytes; a longer one is refused without being held in memory."""
@@ -34,17 +35,33 @@ class InputSummary:
 def read_lines(path: str | Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """The lines of ``path`` that are not blank, one at a time; a byte-order mark at the start is dropped."""
     with open(path, "rb") as file:
-        number = 0
-        while data := file.readline(max_line_bytes + 1):
-            number += 1
-            if number == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf")
-            if len(data) > max_line_bytes and not data.endswith(b"\n"):
-                while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
-                    pass
-                yield Line(number, None)
-            elif data.strip():
-                yield Line(number, data)
+        for line, _ in read_lines_from(file, max_line_bytes=max_line_bytes):
+            yield line
+
+
+def read_lines_from(
+    file: BinaryIO, begin: int = 0, end: int | None = None, *, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[Line, int]]:
+    """Lines of an open file that are not blank, each with the byte offset behind it; numbers count from ``begin``.
+
+    Args:
+      begin, end: byte offsets of whole lines; those from ``begin`` up to ``end`` are read, all if it is None.
+    """
+    file.seek(begin)
+    offset, number = begin, 0
+    while (end is None or offset < end) and (data := file.readline(max_line_bytes + 1)):
+        start, number = offset, number + 1
+        offset += len(data)
+        if start == 0:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if len(data) > max_line_bytes and not data.endswith(b"\n"):
+            while rest := file.readline(2**20):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield Line(number, None), offset
+        elif data.strip():
+            yield Line(number, data), offset
 
 
 def scan_input(path: str | Path) -> InputSummary:

@@ -14,10 +14,14 @@ from collections.abc import Iterator
 
 from aphrodite_jax.errors import BatchError
 
-__all__ = ["OutputFile", "open_output", "replace_file"]
+__all__ = ["OutputFile", "OutputHeld", "open_output", "replace_file"]
 
 SYNC_SECONDS = 1.0
 """Longest time between a write and the `fsync` that follows it, while lines keep coming."""
+
+
+class OutputHeld(BatchError):
+    """Another run has the file open."""
 
 
 class OutputFile:
@@ -37,6 +41,17 @@ class OutputFile:
         """The lines that are there, the last one perhaps without its end."""
         with open(self.path, "rb") as file:
             yield from file
+
+    def read(self, begin: int, end: int) -> bytes:
+        """The bytes from one offset to another."""
+        return os.pread(self._fd, end - begin, begin)
+
+    def is_at_its_path(self) -> bool:
+        """Whether the path still leads to this file."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def truncate(self, size: int) -> None:
         """Cut the file to its first ``size`` bytes."""
@@ -80,7 +95,8 @@ def open_output(path: str) -> Iterator[OutputFile]:
     """Open or create ``path`` for one run alone.
 
     Raises:
-      BatchError: it can't be written, is no regular file, or another run holds it.
+      OutputHeld: another run has it open.
+      BatchError: it can't be written, or is no regular file.
     """
     created = not os.path.exists(path)
     try:
@@ -94,7 +110,7 @@ def open_output(path: str) -> Iterator[OutputFile]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BatchError(f"another run is writing {path!r}; wait for it or give another output") from error
+            raise OutputHeld(f"another run is writing {path!r}; wait for it or give another output") from error
         except OSError as error:
             raise _refused(path, error) from error
         yield OutputFile(fd, path, created=created)

@@ -15,7 +15,7 @@ from aphrodite_jax.batch.lines import Line
 from aphrodite_jax.batch.refusal import Refusal, shorten
 from aphrodite_jax.sampling_params import SamplingParams
 
-__all__ = ["BatchRequest", "Defaults", "custom_id_of", "decode_line", "parse_request"]
+__all__ = ["BatchRequest", "Defaults", "custom_id_of", "decode_line", "parse_request", "prompt_of"]
 
 _KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 _INPUT_KEY = {"chat": "messages", "completion": "prompt"}
@@ -45,8 +45,8 @@ class Defaults:
 class BatchRequest:
     """A request that is ready to be given to the engine.
 
-    ``kind`` is "chat" or "completion"; ``source`` is a chat's messages, or a completion's prompt; ``model``
-    the name by which it asks for the model.
+    ``kind`` is "chat" or "completion"; ``source`` is a chat's messages, or a completion's prompt, or a function that
+    gives them where that takes a while; ``model`` the name by which it asks for the model.
     """
 
     custom_id: str
@@ -128,6 +128,11 @@ def parse_request(value: dict[str, Any], defaults: Defaults) -> BatchRequest:
     seed = derive_seed(defaults.seed, custom_id)
     params = sampling_params(kind, options, seed=seed, default_max_tokens=limit)
     return BatchRequest(custom_id=custom_id, model=model, kind=kind, source=source, sampling_params=params)
+
+
+def prompt_of(source: str | list[int]) -> dict[str, Any]:
+    """The engine's form of a completion's prompt."""
+    return {"prompt": source} if isinstance(source, str) else {"prompt_token_ids": source}
 
 
 def _model(name: Any, names: tuple[str, ...]) -> str:

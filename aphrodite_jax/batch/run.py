@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tqdm
 
@@ -23,7 +23,7 @@ from aphrodite_jax.batch.answers import OutputLine, answer_line, refusal_line
 from aphrodite_jax.batch.job import BatchReport, Job, open_job
 from aphrodite_jax.batch.lines import Line, read_lines
 from aphrodite_jax.batch.refusal import Refusal, refusal_of
-from aphrodite_jax.batch.requests import BatchRequest, custom_id_of, decode_line, parse_request
+from aphrodite_jax.batch.requests import BatchRequest, custom_id_of, decode_line, parse_request, prompt_of
 from aphrodite_jax.engine.sequence import PreparedPrompt
 from aphrodite_jax.errors import BatchError
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS
@@ -175,7 +175,7 @@ class _Group:
                 raise Refusal("custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id")
             self.custom_ids.add(custom_id)
             request = parse_request(value, self.job.defaults)
-            make = self.llm.render_chat if request.kind == "chat" else _prompt
+            make = self.llm.render_chat if request.kind == "chat" else prompt_of
             prompt = self.llm.prepare_later(functools.partial(make, request.source))
         except Exception as error:  # what a line's content brings about is that line's error, and written
             self.ready[line.number] = refusal_line(line.number, custom_id, refusal_of(error))
@@ -210,7 +210,3 @@ class _Group:
         while self.turn and self.turn[0] in self.ready:
             lines.append(self.ready.pop(self.turn.popleft()))
         return lines
-
-
-def _prompt(source: str | list[int]) -> dict[str, Any]:
-    return {"prompt": source} if isinstance(source, str) else {"prompt_token_ids": source}

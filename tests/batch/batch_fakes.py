@@ -2,17 +2,30 @@
 on how many requests run in the same steps and on what the encoder cache holds."""
 
 import collections
+import dataclasses
 import json
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import MediaError, PromptTooLongError
 from aphrodite_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
 CONTEXT_LENGTH = 64
+
+
+@dataclasses.dataclass
+class FakePrompt:
+    """As much of a `PreparedPrompt` as jobs look at: each image of a prompt is an item of its pixels' checksum."""
+
+    text: str
+    token_ids: np.ndarray
+    media: tuple = ()
 
 
 class FakeEngine:
@@ -25,6 +38,7 @@ class FakeEngine:
         self.num_encoded = 0
         self.most_at_once = 0
         self.num_steps = 0
+        self.seen = collections.deque(maxlen=0)  # forgets what it gets; put a list for prompts in their order
 
     def reset_caches(self):
         self.num_encoded = 0
@@ -36,9 +50,18 @@ class FakeEngine:
             raise MediaError(f"the image can't be opened: {object()}")
         if "bug" in text:
             raise KeyError("a mapper of a model author")
-        return text
+        images = [np.asarray(image) for image in prompt.get("multi_modal_data", {}).get("image", ())]
+        hashes = [f"{zlib.crc32(pixels.tobytes()):08x}" for pixels in images]
+        text = " ".join([text, *hashes])
+        media = tuple(
+            SimpleNamespace(modality="image", content_hash=name, mm_kwargs={"pixel_values": pixels}, embeds=None)
+            for name, pixels in zip(hashes, images, strict=True)
+        )
+        return FakePrompt(text, np.arange(1 + len(text) % 50), media)
 
-    def add_prepared(self, request_id, text, sampling_params, *, incremental):
+    def add_prepared(self, request_id, prompt, sampling_params, *, incremental):
+        text = prompt.text
+        self.seen.append(prompt)
         assert not incremental, "nobody reads a batch's answers before they are finished"
         self.waiting.append((request_id, text, sampling_params))
         self.most_at_once = max(self.most_at_once, len(self.waiting) + len(self.running))
@@ -76,12 +99,24 @@ class FakeLLM:
         self.model_config = ModelConfig(model=str(directory), seed=seed)
         self.engine = FakeEngine(max_num_seqs, step_seconds)
         self.pool = ThreadPoolExecutor(2)
+        self.num_rendered = 0
 
     def prepare_later(self, make_prompt):
         return self.pool.submit(lambda: self.engine.prepare(make_prompt()))
 
     def render_chat(self, messages):
-        return {"prompt": "\n".join(f"{message['role']}: {message['content']}" for message in messages)}
+        """Texts as they are, ``<image>`` for images."""
+        self.num_rendered += 1
+        images = []
+
+        def text_of(content):
+            if isinstance(content, str) or not all(isinstance(part, dict) for part in content):
+                return content
+            images.extend(np.asarray(part["image"]) for part in content if part["type"] == "image")
+            return " ".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+        text = "\n".join(f"{message['role']}: {text_of(message['content'])}" for message in messages)
+        return {"prompt": text, "multi_modal_data": {"image": images}}
 
 
 def _output(request_id, text, params, history, *, finished):

@@ -1,0 +1,180 @@
+"""Rows of the units that a run takes, read in a thread ahead of the engine."""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Container, Iterator
+
+from aphrodite_jax.batch.journal import OpenUnit
+from aphrodite_jax.batch.output import OutputHeld
+from aphrodite_jax.batch.parts import PartsJob
+from aphrodite_jax.batch.refusal import Refusal
+from aphrodite_jax.batch.sources import Row, Source, Unit
+from aphrodite_jax.errors import BatchError
+
+__all__ = ["Held", "ReadRow", "RowReader", "Taken"]
+
+MAX_OPEN_UNITS = 256
+"""Units that are worked on at a time: each has an open file."""
+CLOSES_WITHIN = 2.0
+"""Seconds that a read which was begun may take when no more rows are wanted."""
+PAUSES = (1.0, 4.0)
+"""Seconds before a unit is read again that the system refused to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A unit that this run works on from now; its rows follow."""
+
+    work: OpenUnit
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A unit that another run works on."""
+
+    unit: Unit
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadRow:
+    """A row that has not come to its end yet."""
+
+    work: OpenUnit
+    row: Row
+
+
+class RowReader:
+    """Reads the rows of units that are not done, in the order of the input.
+
+    Args:
+      job: whose units are taken.
+      indices: of the units; None is all.
+      done: units that are whole.
+      ahead: rows that are read and not taken over, at most.
+    """
+
+    def __init__(self, job: PartsJob, indices: Container[int] | None, done: Container[int], ahead: int):
+        self._job, self._indices, self._done = job, indices, done
+        self._queue: queue.Queue[Taken | Held | ReadRow | Exception | None] = queue.Queue(ahead)
+        self._places = threading.Semaphore(MAX_OPEN_UNITS)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="read rows", daemon=True)
+        self.is_exhausted = False
+        self._thread.start()
+
+    def get(self, timeout: float | None = None) -> Taken | Held | ReadRow | None:
+        """What comes next; None if nothing has come in ``timeout`` seconds, or nothing will (`is_exhausted`).
+
+        Raises:
+          BatchError: the input or the output can't be used, and others as `Source.rows` raises them.
+        """
+        if self.is_exhausted:
+            return None
+        try:
+            item = self._queue.get(block=timeout is not None, timeout=timeout)
+        except queue.Empty:
+            return None
+        self.is_exhausted = item is None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def release(self) -> None:
+        """Tell that a unit was closed."""
+        self._places.release()
+
+    def close(self) -> list[OpenUnit]:
+        """Stop reading; the units that were taken and not taken over.
+
+        A read that takes longer than `CLOSES_WITHIN` is left to itself: it takes no unit any more.
+        """
+        self._closing.set()
+        left, until = [], time.monotonic() + CLOSES_WITHIN
+        while (self._thread.is_alive() and time.monotonic() < until) or not self._queue.empty():
+            try:
+                item = self._queue.get(timeout=0.01)
+            except queue.Empty:
+                continue
+            if isinstance(item, Taken):
+                left.append(item.work)
+        self.is_exhausted = True
+        return left
+
+    def _run(self) -> None:
+        try:
+            for item in self._items():
+                if not self._put(item):
+                    return
+            self._put(None)
+        except Exception as error:  # raised where rows are taken over
+            self._put(error)
+
+    def _put(self, item: Taken | Held | ReadRow | Exception | None) -> bool:
+        """Hand over; False if nobody takes over any more. A unit is always handed over: somebody must close it."""
+        while isinstance(item, Taken) or not self._closing.is_set():
+            try:
+                self._queue.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+            return not self._closing.is_set()
+        return False
+
+    def _items(self) -> Iterator[Taken | Held | ReadRow]:
+        for unit in self._job.units(self._indices):
+            if unit.index in self._done:
+                continue
+            while not self._places.acquire(timeout=0.05):
+                if self._closing.is_set():
+                    return
+            if self._closing.is_set():
+                return
+            try:
+                work = self._job.take(unit)
+            except OutputHeld:
+                self._places.release()
+                yield Held(unit)
+                continue
+            if work is None:  # another run has made it whole meanwhile
+                self._places.release()
+                yield Held(unit)
+                continue
+            yield Taken(work)
+            if work.num_left:
+                for row in _rows(self._job.source, unit, self._closing):
+                    if not work.has(row.number):
+                        yield ReadRow(work, row)
+
+
+def _rows(source: Source, unit: Unit, closing: threading.Event) -> Iterator[Row]:
+    """The rows of a unit; what can't be read after some tries becomes failures.
+
+    Raises:
+      BatchError: the input has other rows there than when the job was made.
+    """
+    number, pauses = unit.first_row, iter(PAUSES)
+    while True:
+        try:
+            for row in source.rows(unit):
+                if row.number == number:  # not one that came before at an earlier try
+                    number += 1
+                    yield row
+            break
+        except BatchError:
+            raise
+        except Exception as error:
+            pause = next(pauses, None) if isinstance(error, OSError) else None
+            if pause is not None and not closing.wait(pause):
+                continue
+            if closing.is_set():  # not to be taken for a shard that can't be read
+                return
+            refusal = Refusal(f"the shard can't be read: {type(error).__name__}: {error}", code="unreadable_shard")
+            for left in range(number, unit.first_row + unit.num_rows):
+                yield Row(number=left, custom_id=None, request=refusal)
+            return
+    if number != unit.first_row + unit.num_rows:
+        raise BatchError(
+            f"the input {source.path!r} is not as it was when the job was made: part {unit.index} had {unit.num_rows} "
+            f"rows, and has {number - unit.first_row}; put it back, or start again with another output"
+        )

@@ -1,0 +1,335 @@
+"""Rows of a job's parts through the engine.
+
+Rows of successive units flow into one engine without a gap. Threads prepare prompts ahead of the device; those that
+are ready make a window, whose prompts go to the engine sorted by shape while the next are prepared. What is answered
+goes to the journals of the units after each step, and a unit without rows left is put in place by a thread.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Container, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Protocol
+
+from aphrodite_jax.batch.journal import OpenUnit, SettledRow, answered_row, failed_row
+from aphrodite_jax.batch.parts import PartsJob, PartsReport, Standing
+from aphrodite_jax.batch.progress import Progress
+from aphrodite_jax.batch.prompts import PromptMaker
+from aphrodite_jax.batch.reader import Held, ReadRow, RowReader, Taken
+from aphrodite_jax.batch.refusal import Refusal, refusal_of
+from aphrodite_jax.batch.requests import BatchRequest
+from aphrodite_jax.batch.sources import Row
+from aphrodite_jax.batch.window import num_bytes, sorted_by_shape
+from aphrodite_jax.engine.sequence import PreparedPrompt
+from aphrodite_jax.errors import BatchError
+from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS
+from aphrodite_jax.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from aphrodite_jax.llm import LLM
+
+__all__ = ["Stop", "run_parts"]
+
+WINDOW_ROUNDS = 4
+"""Prompts of a window for each request that runs at a time."""
+WINDOW_BYTES = 512 * 2**20
+"""Bytes of media that prepared prompts may hold in all, but for those of the requests that one step can take."""
+STOPS_WITHIN = 25.0
+"""Seconds for rows that run when the run is told to stop."""
+_PUT_AHEAD = 4
+"""Units that may wait for being put in place."""
+_POLL = 0.05
+
+
+class Stop(Protocol):
+    """Tells a run to stop: a `threading.Event`, say."""
+
+    def is_set(self) -> bool:
+        """Whether it should."""
+        ...
+
+
+def run_parts(
+    llm: "LLM",
+    job: PartsJob,
+    indices: Iterable[int] | None = None,
+    *,
+    stop: Stop | None = None,
+    max_failures: int | None = None,
+    show_progress: bool = True,
+) -> PartsReport:
+    """Answer the rows of a job's parts that have no answer yet.
+
+    Parts that another run of this machine works on are left to it.
+
+    Args:
+      indices: of the parts; None takes all. ``range(i, job.num_units, n)`` is the share of worker ``i`` of ``n``.
+      stop: is asked between steps; once it is set no new rows begin, and those that run have 25 seconds.
+      max_failures: rows of these parts that may fail; one more stops the run.
+      show_progress: draw a line on stderr.
+
+    Raises:
+      BatchError: too many rows failed, the output can't be written, the input is not what it was, or the engine has
+        other requests. What is in the output stays, and the next run goes on from there.
+    """
+    if llm.engine.has_unfinished_requests():
+        raise BatchError("the engine has other requests; finish or abort them before a batch")
+    chosen = indices if indices is None or isinstance(indices, range) else frozenset(indices)
+    if chosen and not (min(chosen) >= 0 and max(chosen) < job.num_units):
+        raise BatchError(f"the job has the parts 0 to {job.num_units - 1}, asked were {min(chosen)} to {max(chosen)}")
+    standing = job.standing(chosen)
+    if not standing.is_complete:
+        job.reopen()
+    with Progress(standing, show=show_progress) as progress:
+        run = _Run(llm, job, chosen, standing, stop or threading.Event(), max_failures, progress)
+        run.run()
+    return run.report()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A row on its way; its request is without its source once the prompt is being prepared."""
+
+    work: OpenUnit
+    row: Row
+    request: BatchRequest
+
+
+class _Run:
+    """One run.
+
+    Attributes:
+      preparing: rows whose prompts are being prepared, in the order of the input.
+      window: rows that are ready for the engine, in the order in which they go there.
+      in_flight: rows in the engine, by request id.
+      settled: rows that came to their end since journals were written.
+    """
+
+    def __init__(
+        self,
+        llm: "LLM",
+        job: PartsJob,
+        indices: Container[int] | None,
+        standing: Standing,
+        stop: Stop,
+        max_failures: int | None,
+        progress: Progress,
+    ):
+        self.llm, self.job, self.indices, self.stop, self.progress = llm, job, indices, stop, progress
+        self.max_seqs = llm.engine.engine_config.max_num_seqs
+        self.window_rows = WINDOW_ROUNDS * self.max_seqs
+        self.make_prompt = PromptMaker(llm)
+        self.reader = RowReader(job, indices, frozenset(standing.done), 2 * self.window_rows)
+        self.preparing: collections.deque[tuple[_Pending, Future[PreparedPrompt]]] = collections.deque()
+        self.window: collections.deque[tuple[PreparedPrompt, _Pending]] = collections.deque()
+        self.in_flight: dict[str, _Pending] = {}
+        self.settled: dict[int, tuple[OpenUnit, list[SettledRow]]] = {}
+        self.open: dict[int, OpenUnit] = {}
+        self.held: set[int] = set()
+        self.putter = ThreadPoolExecutor(1, "put in place")
+        self.being_put: collections.deque[tuple[OpenUnit, Future[None]]] = collections.deque()
+        self.standing, self.max_failures = standing, max_failures
+        self.num_failed = standing.failed
+        self.num_resumed = standing.done_rows
+        self.num_rows = self.prompt_tokens = self.completion_tokens = 0
+        self.mean_bytes = 0.0  # of a prepared prompt's media
+        self.deadline: float | None = None
+        self.began = time.monotonic()
+        self.answered_of_open = self.failed_of_open = 0
+
+    # The loop.
+
+    def run(self) -> None:
+        """Until nothing is left, or it is told to stop."""
+        try:
+            while self._step():
+                pass
+            self._wait_for_parts(0)
+        finally:
+            self._close()
+
+    def _step(self) -> bool:
+        """Move everything on by a step of the engine; False at the end."""
+        if self.deadline is None and self.stop.is_set():
+            self._begin_to_stop()
+        if self.deadline is None:
+            self._prepare()
+            self._hand_over()
+        elif time.monotonic() > self.deadline:
+            return False
+        self._settle()
+        self._wait_for_parts(_PUT_AHEAD)
+        if self.in_flight:
+            if not self.llm.engine.has_unfinished_requests():
+                raise RuntimeError(f"the engine has lost {', '.join(self.in_flight)}")
+            more = self.preparing or self.window or not self.reader.is_exhausted
+            # Who could join the next step waits no longer for several of decode.
+            joins = more and self.deadline is None and len(self.in_flight) < self.max_seqs
+            self._collect(self.llm.engine.step(1 if joins else MAX_DECODE_STEPS))
+            self._settle()
+            return True
+        if self.deadline is not None:
+            return False
+        if self.preparing:
+            wait([self.preparing[0][1]], timeout=_POLL, return_when=FIRST_COMPLETED)
+            return True
+        if not self.reader.is_exhausted:
+            self._take_over(self.reader.get(timeout=_POLL))
+            return True
+        return False
+
+    def _begin_to_stop(self) -> None:
+        self.deadline = time.monotonic() + STOPS_WITHIN
+        for _, prompt in self.preparing:
+            prompt.cancel()
+        self.preparing.clear()
+        self.window.clear()
+
+    # Rows in.
+
+    def _prepare(self) -> None:
+        """Take rows over until enough prompts are being prepared."""
+        fits = int(WINDOW_BYTES / self.mean_bytes) if self.mean_bytes else self.window_rows
+        rows = max(self.max_seqs, min(self.window_rows, fits - len(self.window)))
+        while len(self.preparing) < rows and (item := self.reader.get()) is not None:
+            self._take_over(item)
+
+    def _take_over(self, item: Taken | Held | ReadRow | None) -> None:
+        if isinstance(item, Held):
+            self.held.add(item.unit.index)
+        elif isinstance(item, Taken):
+            work = item.work
+            self.open[work.unit.index] = work
+            self.num_resumed += work.num_resumed
+            self.num_failed += work.num_failed
+            self.progress.add(work.num_resumed, failed=work.num_failed, resumed=True)
+            self._check_failures("it was so when the run began")
+            self._put_if_whole(work)
+        elif isinstance(item, ReadRow):
+            self._prepare_row(item.work, item.row)
+
+    def _prepare_row(self, work: OpenUnit, row: Row) -> None:
+        if isinstance(row.request, Refusal):
+            self._settle_row(work, failed_row(row, row.request))
+            return
+        prompt = self.llm.prepare_later(functools.partial(self.make_prompt, row.request))
+        request = dataclasses.replace(row.request, source=None)  # which may be large
+        pending = _Pending(work=work, row=dataclasses.replace(row, request=request), request=request)
+        self.preparing.append((pending, prompt))
+
+    def _hand_over(self) -> None:
+        """Give the engine twice as many requests as it runs at a time."""
+        while len(self.in_flight) < 2 * self.max_seqs:
+            if not self.window:
+                self._make_window()
+            if not self.window:
+                return
+            prompt, pending = self.window.popleft()
+            request_id = f"row-{pending.row.number}"
+            try:
+                self.llm.engine.add_prepared(request_id, prompt, pending.request.sampling_params, incremental=False)
+            except Exception as error:  # what a row brings about is that row's failure, and written
+                self._settle_row(pending.work, failed_row(pending.row, refusal_of(error)))
+            else:
+                self.in_flight[request_id] = pending
+
+    def _make_window(self) -> None:
+        """Make a window of the first rows whose prompts are ready."""
+        ready = []
+        while self.preparing and self.preparing[0][1].done():
+            pending, prompt = self.preparing.popleft()
+            try:
+                ready.append((prompt.result(), pending))
+            except Exception as error:
+                self._settle_row(pending.work, failed_row(pending.row, refusal_of(error)))
+        for prompt, _ in ready:
+            self.mean_bytes += (num_bytes(prompt) - self.mean_bytes) / self.window_rows
+        self.window.extend(sorted_by_shape(ready))
+
+    # Rows out.
+
+    def _collect(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            if not output.finished:
+                continue
+            pending = self.in_flight.pop(output.request_id)
+            if output.error is not None:
+                self._settle_row(pending.work, failed_row(pending.row, refusal_of(output.error)))
+                continue
+            num_prompt = len(output.prompt_token_ids)
+            num_completion = sum(len(answer.token_ids) for answer in output.outputs)
+            record = self.job.source.record(pending.row, output)
+            self.prompt_tokens += num_prompt
+            self.completion_tokens += num_completion
+            self._settle_row(pending.work, answered_row(pending.row.number, record, num_prompt, num_completion))
+
+    def _settle_row(self, work: OpenUnit, row: SettledRow) -> None:
+        self.settled.setdefault(work.unit.index, (work, []))[1].append(row)
+
+    def _settle(self) -> None:
+        """Write rows that came to their end to the journals of their units."""
+        settled, self.settled = self.settled, {}
+        for work, rows in settled.values():
+            work.append(rows)
+            failed = [row for row in rows if not row.answered]
+            self.num_rows += len(rows)
+            self.num_failed += len(failed)
+            self.progress.add(len(rows), failed=len(failed), tokens=sum(row.completion_tokens for row in rows))
+            if failed:
+                self._check_failures(f"the last one: {failed[-1].line.decode().strip()}")
+            self._put_if_whole(work)
+
+    def _check_failures(self, last: str) -> None:
+        if self.max_failures is not None and self.num_failed > self.max_failures:
+            raise BatchError(
+                f"{self.num_failed} rows failed, more than max_failures {self.max_failures} allows ({last}); what is "
+                f"in {self.job.place!r} stays, and the same job goes on from there with a higher limit"
+            )
+
+    def _put_if_whole(self, work: OpenUnit) -> None:
+        if not work.num_left:
+            del self.open[work.unit.index]
+            self.being_put.append((work, self.putter.submit(self.job.put_in_place, work)))
+
+    def _wait_for_parts(self, at_most: int) -> None:
+        """Take notice of parts that are in their place, and wait while more than ``at_most`` are not."""
+        while self.being_put and (len(self.being_put) > at_most or self.being_put[0][1].done()):
+            _, future = self.being_put.popleft()
+            self.reader.release()
+            future.result()
+
+    def _close(self) -> None:
+        """Abort what runs, and close what is open."""
+        for _, prompt in self.preparing:
+            prompt.cancel()
+        for request_id in self.in_flight:
+            self.llm.engine.abort_request(request_id)
+        self.putter.shutdown()
+        with contextlib.ExitStack() as closing:
+            for work in [*self.open.values(), *self.reader.close()]:
+                self.answered_of_open += work.num_answered
+                self.failed_of_open += work.num_failed
+                closing.callback(self.job.keep, work)
+        self.seconds = time.monotonic() - self.began
+
+    def report(self) -> PartsReport:
+        """What the run did; once it has ended."""
+        standing = self.job.standing(self.indices)
+        return PartsReport(
+            parts=standing.parts,
+            rows=standing.rows,
+            answered=standing.answered + self.answered_of_open,
+            failed=standing.failed + self.failed_of_open,
+            resumed=self.num_resumed,
+            held=len(self.held - standing.done),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            seconds=round(self.seconds, 3),
+            rows_per_second=round(self.num_rows / self.seconds, 2),
+            tokens_per_second=round(self.completion_tokens / self.seconds, 2),
+            stopped=self.deadline is not None,
+        )

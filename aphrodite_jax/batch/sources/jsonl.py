@@ -1,0 +1,171 @@
+"""OpenAI batch files: one file, or several by a pattern or in a folder.
+
+A unit is a run of lines of one file, found again by its byte offsets. Lines that are blank are no rows. The input is
+read through once when the job is made, for where units begin and for names that are used twice.
+"""
+
+import array
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from aphrodite_jax.batch.answers import answer_value
+from aphrodite_jax.batch.lines import Line, read_lines_from
+from aphrodite_jax.batch.refusal import Refusal
+from aphrodite_jax.batch.requests import BatchRequest, custom_id_of, decode_line, parse_request
+from aphrodite_jax.batch.sources.base import Row, RowOptions, Source, Unit
+from aphrodite_jax.batch.sources.files import InputFile, find_files
+from aphrodite_jax.errors import BatchError
+from aphrodite_jax.outputs import RequestOutput
+
+__all__ = ["JsonlSource"]
+
+_SAMPLED_BYTES = 2**16
+"""Read at either end of each file for its identity; what is between is checked as rows are read."""
+
+
+class JsonlSource(Source):
+    """Requests in the OpenAI batch format; parts are lines of its output format.
+
+    Raises:
+      BatchError: there is no such file, or options are given that are for rows of other forms.
+    """
+
+    form = "jsonl"
+    part_suffix = ".jsonl"
+
+    def __init__(self, path: str, options: RowOptions):
+        super().__init__(path, options)
+        given = [name for name in ("prompt", "system", "columns", "sampling") if getattr(options, name)]
+        if given:
+            raise BatchError(
+                f"lines of a JSONL file are whole requests: {', '.join(given)} can't be given for all of them"
+            )
+        self._files = {file.name: file for file in find_files(path, (".jsonl", ".ndjson"))}
+
+    def identity(self) -> dict[str, Any]:
+        """The names, sizes and both ends of the files."""
+        digest = hashlib.sha256()
+        for file in self._files.values():
+            digest.update(f"{file.name}\0{file.size}\0".encode("utf-8", "surrogateescape"))
+            try:
+                with file.open() as stream:
+                    digest.update(stream.read(_SAMPLED_BYTES))
+                    stream.seek(max(_SAMPLED_BYTES, file.size - _SAMPLED_BYTES))
+                    digest.update(stream.read(_SAMPLED_BYTES))
+            except OSError as error:
+                if len(self._files) == 1:
+                    raise BatchError(f"can't read the input {self.path!r}: {error.strerror or error}") from error
+                digest.update(b"unreadable")
+        return {
+            "files": len(self._files),
+            "bytes": sum(file.size for file in self._files.values()),
+            "sha256": digest.hexdigest(),
+        }
+
+    def units(self, rows_per_unit: int) -> Iterator[Unit]:
+        """Runs of lines; no unit has lines of two files."""
+        names = array.array("Q")  # 8 bytes of each row's name
+        units: list[Unit] = []
+        for file in self._files.values():
+            try:
+                self._scan(file, rows_per_unit, units, names)
+            except OSError as error:
+                reason = f"{file.name}: can't be read from byte {_end(units, file)} on: {error.strerror or error}"
+                first_row = units[-1].first_row + units[-1].num_rows if units else 0
+                del names[first_row:]
+                where = {"file": file.name}
+                units.append(Unit(index=len(units), first_row=first_row, num_rows=0, where=where, error=reason))
+        repeated = _repeated(names)
+        for unit in units:
+            inside = repeated[
+                np.searchsorted(repeated, unit.first_row) : np.searchsorted(repeated, unit.first_row + unit.num_rows)
+            ]
+            yield Unit(
+                index=unit.index,
+                first_row=unit.first_row,
+                num_rows=unit.num_rows,
+                where={**unit.where, "repeated": inside.tolist()} if len(inside) else unit.where,
+                error=unit.error,
+            )
+
+    def _scan(self, file: InputFile, rows_per_unit: int, units: list[Unit], names: array.array) -> None:
+        """Append the units of a file, and the names of its rows."""
+        with file.open() as stream:
+            begin, offset, first_row, digest = 0, 0, len(names), hashlib.sha256()
+
+            def end_unit() -> None:
+                where = {"file": file.name, "begin": begin, "end": offset, "sha256": digest.hexdigest()}
+                units.append(Unit(index=len(units), first_row=first_row, num_rows=len(names) - first_row, where=where))
+
+            for line, offset in read_lines_from(stream):
+                digest.update(line.data or b"")
+                names.append(_name_of(line))
+                if len(names) - first_row == rows_per_unit:
+                    end_unit()
+                    begin, first_row, digest = offset, len(names), hashlib.sha256()
+            if len(names) > first_row:
+                end_unit()
+
+    def rows(self, unit: Unit) -> Iterator[Row]:
+        """The requests in a unit's lines, or their refusals."""
+        if not unit.num_rows:
+            return
+        repeated = frozenset(unit.where.get("repeated", ()))
+        file = self._files.get(unit.where["file"])
+        if file is None:
+            raise BatchError(f"{unit.where['file']!r}, which the job was made with, is not in the input {self.path!r}")
+        digest, number = hashlib.sha256(), unit.first_row
+        with file.open() as stream:
+            for line, _ in read_lines_from(stream, unit.where["begin"], unit.where["end"]):
+                digest.update(line.data or b"")
+                yield self._row(number, line, repeated)
+                number += 1
+        if digest.hexdigest() != unit.where["sha256"]:
+            raise BatchError(
+                f"{file.name!r} of the input {self.path!r} is not as it was when the job was made (rows from "
+                f"{unit.first_row} on); put it back, or start again with another output"
+            )
+
+    def _row(self, number: int, line: Line, repeated: frozenset[int]) -> Row:
+        custom_id, request = None, None
+        try:
+            value = decode_line(line)
+            custom_id = custom_id_of(value)
+            if number in repeated:
+                raise Refusal("custom_id was used by an earlier line", code="duplicate_custom_id", param="custom_id")
+            request = parse_request(value, self.options.defaults)
+        except Refusal as refusal:
+            request = refusal
+        return Row(number=number, custom_id=custom_id, request=request)
+
+    def record(self, row: Row, output: RequestOutput) -> dict[str, Any]:
+        """A line of OpenAI's output format; its ids count rows from 1."""
+        assert isinstance(row.request, BatchRequest), "an answered row has a request"
+        return answer_value(row.number + 1, row.request, output)
+
+
+def _name_of(line: Line) -> int:
+    """64 bits of a row's ``custom_id``; 0 where it has none."""
+    try:
+        custom_id = custom_id_of(decode_line(line))
+    except Refusal:
+        return 0
+    return int.from_bytes(hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()) or 1
+
+
+def _repeated(names: array.array) -> np.ndarray:
+    """Rows whose name stands at an earlier row, in their order."""
+    values = np.frombuffer(names, np.uint64) if names else np.zeros(0, np.uint64)
+    ordered = np.sort(values)
+    twice = np.unique(ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)])
+    rows = np.flatnonzero(np.isin(values, twice)) if len(twice) else np.zeros(0, np.int64)
+    _, first = np.unique(values[rows], return_index=True)
+    return np.delete(rows, first)
+
+
+def _end(units: Sequence[Unit], file: InputFile) -> int:
+    """Up to which byte of a file units reach."""
+    return units[-1].where.get("end", 0) if units and units[-1].where["file"] == file.name else 0
