@@ -8,9 +8,13 @@ parameter ever moves.
     o, down             each device has the rows to match   parts of the output, which are summed up
     embeddings, head    each device has a part of the vocabulary
 
-Key and value heads that are fewer than the devices lie whole on each of them; every device keeps pages of the one that
-its query heads read. What no pattern names lies whole everywhere: norms, positions, projectors, and matrices in which
-several projections stand side by side.
+Projectors of two matrices are divided as feed-forwards are. Key and value heads that are fewer than the devices lie
+whole on each of them; every device keeps pages of the one that its query heads read. What else is not divided has names
+all the same: norms, the biases of outputs, patches and positions, and projectors of one matrix, whose rows all need all
+of it (Idefics3's ``modality_projection``, PaliGemma's ``linear``, Gemma 3's ``mm_input_projection_weight``, the
+``merging_layer`` of Mistral 3).
+
+What encodes media may lie whole instead, so that each device encodes items of its own (`over_items`).
 """
 
 import re
@@ -18,50 +22,102 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from aphrodite_jax.errors import ConfigError
 
 __all__ = [
+    "ENCODER_PARALLEL",
     "LOGICAL_AXES",
     "MESH_AXES",
     "MODEL",
+    "Axes",
+    "axes_of_parameters",
     "check_heads",
     "current_mesh",
     "model_axis_size",
+    "over_items",
     "over_model_axis",
     "parameter_shardings",
     "whole",
+    "whole_logits",
 ]
 
 MODEL = "model"
 """The mesh axis along which one model is divided."""
-Axes = tuple[str | None, ...]
+ENCODER_PARALLEL = ("items", "weights")
+"""How media are encoded: by each device items of its own, or by all each item, with their parts of the weights."""
+LANGUAGE_MODEL = ("language_model", "model", "lm_head")
+"""Parts of a multimodal model, by the first name of their path, that do not encode media. All others do."""
+Axes = tuple[str, ...]
+
+_ATTENTION = r"(?:self_attn|attention|attn)"
+_FEED_FORWARD = r"(?:mlp|feed_forward)"
+_INTO = rf"(?:{_FEED_FORWARD}\.(?:gate_proj|up_proj|fc1|linear_fc1)|multi_modal_projector\.linear_1)"
+_OUT_OF = rf"(?:{_FEED_FORWARD}\.(?:down_proj|fc2|linear_fc2)|multi_modal_projector\.linear_2)"
+_INTO_MERGER, _OUT_OF_MERGER = (
+    rf"(?:merger\.mlp\.{index}|(?:merger|deepstack_merger_list\.\d+)\.{name})"
+    for index, name in ((0, "linear_fc1"), (2, "linear_fc2"))
+)
 
 LOGICAL_AXES: tuple[tuple[str, Axes], ...] = (
-    (r"embed_tokens\.embedding", ("vocab", None)),
-    (r"lm_head\.kernel", (None, "vocab")),
-    (r"self_attn\.q_proj\.kernel", (None, "heads")),
-    (r"self_attn\.q_proj\.bias", ("heads",)),
-    (r"self_attn\.[kv]_proj\.kernel", (None, "kv_heads")),
-    (r"self_attn\.[kv]_proj\.bias", ("kv_heads",)),
-    (r"self_attn\.(?:o_proj|out_proj)\.kernel", ("heads", None)),
-    (r"mlp\.(?:gate_proj|up_proj|fc1|linear_fc1)\.kernel", (None, "inner")),
-    (r"mlp\.(?:gate_proj|up_proj|fc1|linear_fc1)\.bias", ("inner",)),
-    (r"mlp\.(?:down_proj|fc2|linear_fc2)\.kernel", ("inner", None)),
+    (r"embed_tokens\.embedding", ("vocab", "width")),
+    (r"lm_head\.kernel", ("width", "vocab")),
+    (rf"{_ATTENTION}\.q_proj\.kernel", ("width", "heads")),
+    (rf"{_ATTENTION}\.q_proj\.bias", ("heads",)),
+    (rf"{_ATTENTION}\.[kv]_proj\.kernel", ("width", "kv_heads")),
+    (rf"{_ATTENTION}\.[kv]_proj\.bias", ("kv_heads",)),
+    (rf"{_ATTENTION}\.(?:o_proj|out_proj|proj|projection_layer)\.kernel", ("heads", "width")),
+    (rf"{_ATTENTION}\.(?:o_proj|out_proj|proj|projection_layer)\.bias", ("width",)),
+    (r"self_attn\.[qk]_norm\.scale", ("head",)),
+    (r"attention\.[qk]_norm\.scale", ("heads",)),  # InternViT norms all heads together
+    (rf"(?:{_INTO}|{_INTO_MERGER})\.kernel", ("width", "inner")),
+    (rf"(?:{_INTO}|{_INTO_MERGER})\.bias", ("inner",)),
+    (rf"(?:{_OUT_OF}|{_OUT_OF_MERGER})\.kernel", ("inner", "width")),
+    (rf"(?:{_OUT_OF}|{_OUT_OF_MERGER})\.bias", ("width",)),
+    (r"(?:\w*norm\w*|ln_q|ln_pre)\.(?:scale|bias)", ("width",)),
+    (r"lambda_[12]", ("width",)),
+    (r"(?:patch_embedding|patch_conv|patch_embeddings\.projection|patch_embed\.proj)\.kernel", ("pixels", "width")),
+    (r"(?:patch_embedding|patch_conv|patch_embeddings\.projection|patch_embed\.proj)\.bias", ("width",)),
+    (r"(?:position_embedding|pos_embed)\.embedding", ("positions", "width")),
+    (r"position_embeddings", ("one", "positions", "width")),
+    (r"class_embedding|image_newline", ("width",)),
+    (r"cls_token", ("one", "one", "width")),
+    (r"(?:modality_projection|multi_modal_projector\.linear|patch_merger\.merging_layer)\.kernel", ("width", "width")),
+    (r"multi_modal_projector\.linear\.bias", ("width",)),
+    (r"mm_input_projection_weight", ("width", "width")),
 )
-"""End of a parameter's path to the names of its axes; the first that fits counts."""
+"""End of a parameter's path to the names of its axes; the first that fits counts.
 
-MESH_AXES: Mapping[str, str] = {"vocab": MODEL, "heads": MODEL, "kv_heads": MODEL, "inner": MODEL}
-"""Logical axis to the mesh's."""
+A model class may have such pairs of its own, ``logical_axes``, which are tried before these.
+"""
+
+MESH_AXES: Mapping[str, str | None] = {
+    "vocab": MODEL,
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "inner": MODEL,
+    "width": None,
+    "head": None,
+    "pixels": None,
+    "positions": None,
+    "one": None,
+}
+"""Logical axis to the mesh's; None is not divided."""
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh for which a program is traced, if it has a ``model`` axis of several devices."""
+    """The mesh for which a program is traced, if it has a ``model`` axis of several devices.
+
+    None for what runs on each device by itself: within `over_model_axis` and `over_items`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.shape.get(MODEL, 1) == 1 else mesh
+    alone = mesh.empty or mesh.shape.get(MODEL, 1) == 1 or MODEL in mesh.manual_axes
+    return None if alone else mesh
 
 
 def model_axis_size() -> int:
@@ -77,24 +133,95 @@ def over_model_axis(function: Callable, in_specs: Any, out_specs: Any) -> Callab
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def over_items(
+    function: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    params: Any,
+    arrays: Mapping[str, jax.Array],
+) -> Mapping[str, jax.Array]:
+    """``function(params, arrays)``, of which each device computes its own items, with all of ``params``.
+
+    Axis 0 of ``arrays`` and of what the function gives is that of items, of which none needs another. What it gives
+    lies whole on every device: one gather. Items that are no multiple of the devices are filled up by zeros, which come
+    to nothing. Without a mesh it is the function alone.
+    """
+    if current_mesh() is None:
+        return function(params, arrays)
+    count = len(next(iter(arrays.values())))
+    padding = -count % model_axis_size()
+    filled = {name: jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)]) for name, x in arrays.items()}
+    made = whole(over_model_axis(function, (P(), P(MODEL)), P(MODEL))(params, filled))
+    return {name: x[: len(x) // (count + padding) * count] for name, x in made.items()}
+
+
 def whole(tree: Any) -> Any:
     """Arrays that lie whole on every device from here on; as they are without a mesh."""
     return tree if current_mesh() is None else jax.lax.with_sharding_constraint(tree, P())
 
 
-def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[tuple, NamedSharding]:
-    """Path of each parameter to where it lies on ``mesh``; whole everywhere where the devices don't divide its axis."""
+def whole_logits(logits: Float[Array, "T V"]) -> Float[Array, "T V"]:
+    """Logits that each device computes for its part of the vocabulary, and that lie whole on every one from here on.
+
+    The compiler must be told both: told the second alone, it gathers the output head's matrix instead, in every step.
+    """
+    devices = model_axis_size()
+    if devices > 1 and logits.shape[-1] % devices == 0:
+        logits = jax.lax.with_sharding_constraint(logits, P(None, MODEL))
+    return whole(logits)
+
+
+def parameter_shardings(
+    model: nnx.Module, mesh: Mesh | AbstractMesh, encoder_parallel: str = "items"
+) -> dict[tuple, NamedSharding]:
+    """Path of each parameter to where it lies on ``mesh``; whole everywhere where the devices don't divide its axis.
+
+    Args:
+      encoder_parallel: one of `ENCODER_PARALLEL`; with "items" what encodes media lies whole.
+
+    Raises:
+      ConfigError: as `axes_of_parameters`.
+    """
     devices = mesh.shape[MODEL]
     modules = dict(nnx.iter_modules(model))
+    shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(nnx.state(model))}
+    multimodal = getattr(type(model), "supports_multimodal", False)
     result = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        shape = variable.get_value().shape
-        spec = []
-        for name, size in zip(_axes(path, len(shape)), shape, strict=True):
-            divides = name is not None and _units(name, size, modules.get(path[:-2])) % devices == 0
-            spec.append(MESH_AXES[name] if name is not None and divides else None)
+    for path, axes in axes_of_parameters(model).items():
+        spec: list[str | None] = [MESH_AXES[name] for name in axes]
+        if encoder_parallel == "items" and multimodal and path[0] not in LANGUAGE_MODEL:
+            spec = [None] * len(axes)
+        for i, (name, size) in enumerate(zip(axes, shapes[path], strict=True)):
+            if spec[i] is not None and _units(name, size, modules.get(path[:-2])) % devices:
+                spec[i] = None
         result[path] = NamedSharding(mesh, P(*spec))
     return result
+
+
+def axes_of_parameters(model: nnx.Module) -> dict[tuple, Axes]:
+    """Path of each parameter to the names of its axes, by the model's own ``logical_axes`` and `LOGICAL_AXES`.
+
+    Raises:
+      ConfigError: a parameter that no pattern names, or that has another number of axes, or an unknown name.
+    """
+    table = (*getattr(type(model), "logical_axes", ()), *LOGICAL_AXES)
+    found = {}
+    problems: dict[str, None] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name, shape = ".".join(map(str, path)), variable.get_value().shape
+        axes = next((axes for pattern, axes in table if re.search(rf"(?:^|\.)(?:{pattern})$", name)), None)
+        of_layers = re.sub(r"\b\d+\b", "*", name)
+        if axes is None:
+            problems[f"{of_layers} {list(shape)} has no names"] = None
+        elif len(axes) != len(shape) or not MESH_AXES.keys() >= set(axes):
+            problems[f"{of_layers} {list(shape)} is named {', '.join(axes)}"] = None
+        else:
+            found[path] = axes
+    if problems:
+        raise ConfigError(
+            f"the axes of these parameters of {type(model).__name__} must have names to be divided over devices: "
+            f"{'; '.join(problems)}. Give the class logical_axes, pairs of a pattern for the end of a parameter's path "
+            f"and its axes, each one of {', '.join(MESH_AXES)}"
+        )
+    return found
 
 
 def check_heads(num_heads: int, num_kv_heads: int, devices: int) -> None:
@@ -115,21 +242,15 @@ def check_heads(num_heads: int, num_kv_heads: int, devices: int) -> None:
         )
 
 
-def _axes(path: tuple, ndim: int) -> Axes:
-    """Names of a parameter's axes; None for one that is not divided."""
-    name = ".".join(map(str, path))
-    for pattern, axes in LOGICAL_AXES:
-        if re.search(rf"(?:^|\.){pattern}$", name):
-            return axes
-    return (None,) * ndim
-
-
 def _units(name: str, size: int, parent: Any) -> int:
     """Into how many equal parts an axis may be divided: heads stay whole."""
     if name not in ("heads", "kv_heads"):
         return size
-    head_dim = getattr(parent, "head_dim", None)
-    return size // head_dim if head_dim else getattr(parent, "num_heads", 1)
+    if head_dim := getattr(parent, "head_dim", None):
+        return size // head_dim
+    if num_heads := getattr(parent, "num_heads", None):
+        return num_heads
+    raise ConfigError(f"{type(parent).__name__} has heads, but neither head_dim nor num_heads tells how many")
 
 
 def _divisors(number: int) -> str:

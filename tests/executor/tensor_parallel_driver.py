@@ -1,9 +1,15 @@
-"""Answers of goldens on virtual CPU devices, and what each program's devices tell each other, as one JSON object.
+"""Answers of tiny models on virtual CPU devices, and what each program's devices tell each other, as one JSON object.
 
-python tensor_parallel_driver.py NAME:DEVICES ...
+python tensor_parallel_driver.py NAME:DEVICES:ENCODER_PARALLEL ...
+
+NAME is one of `aphrodite_jax.testing.tiny_models`, or the golden of a text model. All have eight heads, and two of keys
+and values.
 """
 
+# ruff: noqa: E402 - XLA reads its flags when jax starts
 import collections
+import functools
+import importlib.metadata
 import json
 import os
 import re
@@ -11,51 +17,136 @@ import sys
 import tempfile
 from pathlib import Path
 
+HASTE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know all of these
+    os.environ["XLA_FLAGS"] += f" {HASTE}"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
 import jax
-from golden_files import media_of, read_golden
+import numpy as np
+import transformers
+from flax import nnx
+from golden_files import read_golden
+from PIL import Image
 
 from aphrodite_jax import LLM, SamplingParams
+from aphrodite_jax.engine import aphrodite_engine
+from aphrodite_jax.modeling.loader import load_model, save_pretrained
+from aphrodite_jax.multimodal.context import class_of_config
+from aphrodite_jax.testing import tiny_models
+from aphrodite_jax.testing.tokenizers import byte_tokenizer
+from aphrodite_jax.testing.weights import random_weights
 
-COLLECTIVES = r"= [^=\n]*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+ANSWER_TOKENS = 20
+CAPTURED = "llava"
+"""The model that is looked into as well, which calls attention without a cache."""
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def run(name: str, devices: int) -> dict:
-    golden = read_golden(name)
-    directory = golden.write_checkpoint(Path(tempfile.mkdtemp()) / name)
-    llm = LLM(
+def write_model(name: str, directory: Path) -> dict[str, int]:
+    """A checkpoint of random weights; modality to the token that stands for an item in a prompt."""
+    placeholders: dict[str, int] = {}
+    if name in tiny_models():
+        tiny = tiny_models()[name]
+        config, files, tokenizer = tiny.config, tiny.files, tiny.tokenizer
+        for modality in ("image", "video"):
+            fields = (getattr(config, f"{modality}_token_{ending}", None) for ending in ("id", "index"))
+            found = [token for token in (tiny.placeholders.get(modality), *fields) if token is not None]
+            if found:
+                placeholders[modality] = found[0]
+    else:
+        config, files, tokenizer = transformers.AutoConfig.for_model(**read_golden(name).config), {}, byte_tokenizer()
+    for field, value in HEADS.items():
+        setattr(config.get_text_config(), field, value)
+    save_pretrained(nnx.merge(*random_weights(class_of_config(config), config)), config, directory)
+    tokenizer.save_pretrained(directory)
+    for file, content in files.items():
+        (directory / file).write_text(json.dumps(content))
+    return placeholders
+
+
+def prompt_for(placeholders: dict[str, int]) -> dict:
+    """Text, with two images of one size and a video behind it where the model takes them."""
+    rng = np.random.default_rng(0)
+    token_ids, media = rng.integers(3, 60, 12).tolist(), {}
+    if "image" in placeholders:
+        token_ids += [placeholders["image"], 9, placeholders["image"], 4]
+        media["image"] = [Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)) for _ in range(2)]
+    if "video" in placeholders:
+        token_ids += [placeholders["video"], 8]
+        media["video"] = [rng.integers(0, 256, (4, 28, 28, 3), np.uint8)]
+    return {"prompt_token_ids": token_ids, "multi_modal_data": media}
+
+
+def open_model(directory: Path, prompt: dict, devices: int, encoder_parallel: str) -> LLM:
+    aphrodite_engine.load_model = functools.partial(load_model, encoder_parallel=encoder_parallel)
+    return LLM(
         directory,
         dtype="float32",
-        limit_mm_per_prompt=golden.media_limits,
+        limit_mm_per_prompt={modality: len(items) for modality, items in prompt["multi_modal_data"].items()},
         tensor_parallel_size=devices,
+        encoder_parallel=encoder_parallel,
+        max_num_seqs=1,
         compilation_cache_dir=None,
         warm_up=False,
         show_progress=False,
     )
-    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
-    prompts = [
-        {"prompt_token_ids": prompt.prompt.tolist(), "multi_modal_data": media_of(prompt)} for prompt in golden.prompts
-    ]
-    outputs = llm.generate(prompts, params, on_error="raise", use_tqdm=False)
-    runner = llm.engine.runner
-    whole = sum(x.nbytes for x in jax.tree.leaves(runner._params))
-    return {
-        "right": [
-            output.outputs[0].token_ids == tuple(prompt.tokens.tolist())
-            for output, prompt in zip(outputs, golden.prompts, strict=True)
-        ],
-        "layers": runner.num_layers,
-        "share": runner.memory_budget().weights / whole,
-        "collectives": {
-            program.name: collections.Counter(re.findall(COLLECTIVES, program.call.as_text()))
-            for program in runner.programs.table()
-        },
-    }
+
+
+def answer(llm: LLM, prompt: dict) -> list[int]:
+    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    [output] = llm.generate([prompt], params, on_error="raise", use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def hidden_states(llm: LLM, prompt: dict) -> np.ndarray:
+    return llm.capture(prompt, hidden_states=[-1]).hidden_states[-1]
+
+
+def programs_of(llm: LLM) -> list[dict]:
+    """Each program's name, and its collectives by kind: the shape of each array that they give."""
+    told = []
+    for program in llm.engine.runner.programs.table():
+        found = collections.defaultdict(list)
+        for arrays, kind in COLLECTIVE.findall(program.call.as_text()):
+            found[kind] += [list(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", arrays)]
+        told.append({"name": program.name, "collectives": found})
+    return told
+
+
+def run(name: str, cases: list[tuple[int, str]]) -> dict:
+    with tempfile.TemporaryDirectory() as directory:
+        prompt = prompt_for(write_model(name, Path(directory)))
+        alone = open_model(Path(directory), prompt, 1, "items")
+        expected, result = answer(alone, prompt), {}
+        for devices, encoder_parallel in cases:
+            llm = open_model(Path(directory), prompt, devices, encoder_parallel)
+            runner = llm.engine.runner
+            told = result[f"{name}:{devices}:{encoder_parallel}"] = {
+                "expected": expected,
+                "found": answer(llm, prompt),
+                "layers": runner.num_layers,
+                "vocab_size": runner.vocab_size,
+                "share": runner.memory_budget().weights / alone.engine.runner.memory_budget().weights,
+                "programs": programs_of(llm),
+            }
+            if name == CAPTURED:
+                apart = np.abs(hidden_states(llm, prompt) - hidden_states(alone, prompt))
+                told["apart"] = float(apart.max())
+    return result
 
 
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    print(json.dumps({case: run(*case.split(":")[:1], int(case.split(":")[1])) for case in sys.argv[1:]}))
+    results, by_name = {}, collections.defaultdict(list)
+    for case in sys.argv[1:]:
+        name, devices, encoder_parallel = case.split(":")
+        by_name[name].append((int(devices), encoder_parallel))
+    for name, cases in by_name.items():
+        results |= run(name, cases)
+    print(json.dumps(results))

@@ -5,7 +5,7 @@ import pytest
 from golden_files import read_golden
 
 from aphrodite_jax import LLM, SamplingParams
-from aphrodite_jax.executor import model_runner
+from aphrodite_jax.executor import model_programs
 
 pytestmark = pytest.mark.once
 
@@ -34,7 +34,7 @@ def test_parts_fill_their_buckets_and_hold_no_more_rows_than_allowed(golden, tmp
     assert counts == [1, 2, 4]
     assert stats["media_encoded"] == 7
     assert stats["media_padding"] == 0
-    monkeypatch.setattr(model_runner, "MAX_ENCODE_ROWS", 40)
+    monkeypatch.setattr(model_programs, "MAX_ENCODE_ROWS", 40)
     apart, counts, _ = answers(golden, tmp_path, images)
     assert counts == [1, 2]
     assert apart == together

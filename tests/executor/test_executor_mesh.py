@@ -59,18 +59,20 @@ def test_rows_are_copies(pretend):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "data", "process", "rows", "shared_by"),
+    ("tensor", "data", "process", "rows", "shared_by", "share"),
     [
-        (4, 2, 1, [[2048, 2049, 2050, 2051]], (1,)),  # a row a process
-        (2, 4, 1, [[2048, 2049], [2050, 2051]], (1,)),  # two rows a process
-        (8, 1, 1, [[0, 1, 2, 3, 2048, 2049, 2050, 2051]], (0, 1)),  # a row of two processes
+        (4, 4, 1, [[2048, 2049, 2050, 2051]], (1,), (1, 4)),  # a row a process
+        (2, 8, 1, [[2048, 2049], [2050, 2051]], (1,), (1, 4)),  # two rows a process
+        (8, 2, 3, [[4096, 4097, 4098, 4099, 6144, 6145, 6146, 6147]], (2, 3), (1, 2)),  # a row of two processes
     ],
 )
-def test_a_process_serves_the_rows_that_have_its_devices(pretend, tensor, data, process, rows, shared_by):
-    pretend(4, 2, process)
-    found = meshes.replica_meshes(meshes.make_mesh(tensor, data))
+def test_a_process_serves_the_rows_that_have_its_devices(pretend, tensor, data, process, rows, shared_by, share):
+    pretend(4, 4, process)
+    mesh = meshes.make_mesh(tensor, data)
+    found = meshes.replica_meshes(mesh)
     assert [[device.id for device in row.devices] for row in found] == rows
     assert meshes.processes_of(found[0]) == shared_by
+    assert meshes.share_of_work(mesh) == share
 
 
 @pytest.mark.parametrize(

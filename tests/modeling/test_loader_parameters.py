@@ -19,6 +19,13 @@ from aphrodite_jax.modeling.loader import WeightRule, load_model, save_pretraine
 CONFIG = {"model_type": "llama", "architectures": ["EveryKindForTests"], "hidden_size": 32}
 
 
+class Joined(nnx.Module):
+    joined = {"qkv": ("q", "k", "v")}  # noqa: RUF012
+
+    def __init__(self, **kw):
+        self.q, self.k, self.v = (nnx.Linear(4, width, **kw) for width in (6, 2, 2))
+
+
 @register_model("EveryKindForTests")
 class EveryKind(nnx.Module):
     weight_rules = (
@@ -30,6 +37,7 @@ class EveryKind(nnx.Module):
         kw = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(5, 4, **kw)
         self.layers = nnx.List([nnx.Linear(4, 6, **kw), nnx.Linear(6, 3, use_bias=False, **kw)])
+        self.attention = Joined(**kw)
         self.norm = nnx.LayerNorm(4, **kw)
         self.rms = nnx.RMSNorm(4, **kw)
         self.conv = nnx.Conv(3, 7, kernel_size=(2, 5), **kw)
@@ -43,6 +51,8 @@ SHAPES = {
     "layers.0.weight": (6, 4),
     "layers.0.bias": (6,),
     "layers.1.weight": (3, 6),
+    "attention.qkv.weight": (10, 4),
+    "attention.qkv.bias": (10,),
     "norm.weight": (4,),
     "norm.bias": (4,),
     "rms.weight": (4,),
@@ -73,6 +83,10 @@ def test_each_kind_has_its_axes(tmp_path, tensors):
     np.testing.assert_array_equal(model.layers[0].kernel[...], tensors["layers.0.weight"].T)
     np.testing.assert_array_equal(model.layers[0].bias[...], tensors["layers.0.bias"])
     np.testing.assert_array_equal(model.layers[1].kernel[...], tensors["layers.1.weight"].T)
+    for part, rows in (("q", slice(0, 6)), ("k", slice(6, 8)), ("v", slice(8, 10))):
+        module = getattr(model.attention, part)
+        np.testing.assert_array_equal(module.kernel[...], tensors["attention.qkv.weight"][rows].T)
+        np.testing.assert_array_equal(module.bias[...], tensors["attention.qkv.bias"][rows])
     np.testing.assert_array_equal(model.norm.scale[...], tensors["norm.weight"])
     np.testing.assert_array_equal(model.norm.bias[...], tensors["norm.bias"])
     np.testing.assert_array_equal(model.rms.scale[...], tensors["rms.weight"])
@@ -106,6 +120,7 @@ def test_everything_that_does_not_fit_stands_in_one_error(tmp_path, tensors):
     tensors["rotary.inv_freq"] = tensors["norm.bias"]  # a rule drops it
     tensors["stray.weight"] = tensors["norm.bias"]
     tensors["layers.0.weight"] = tensors["layers.0.weight"].T.copy()
+    tensors["attention.qkv.bias"] = tensors["attention.qkv.bias"][:6]
     tensors["table"] = tensors["table"].astype(np.int32)
     del tensors["embed.weight"], tensors["patches.bias"]
     with pytest.raises(CheckpointError) as error:
@@ -114,7 +129,7 @@ def test_everything_that_does_not_fit_stands_in_one_error(tmp_path, tensors):
         "  missing (2): embed.weight; patches.bias",
         "  unmatched (1): stray.weight (the model has no stray.weight)",
         "  ambiguous (1): norm.bias from norm.bias and prefix.norm.bias",
-        "  misshapen (1): layers.0.weight is [4, 6], expected [6, 4]",
+        "  misshapen (2): attention.qkv.bias is [6], expected [10]; layers.0.weight is [4, 6], expected [6, 4]",
         "  not floating point (1): table is I32",
     ]
     assert str(tmp_path) in str(error.value)
@@ -127,7 +142,7 @@ def test_names_without_a_rule_are_unmatched(tmp_path, tensors, monkeypatch):
 
 
 def test_long_lists_are_cut(tmp_path):
-    with pytest.raises(CheckpointError, match=r"missing \(13\): .*, and 5 more"):
+    with pytest.raises(CheckpointError, match=r"missing \(15\): .*, and 7 more"):
         load_model(write(tmp_path, {"rotary.inv_freq": np.zeros(2, np.float32)}))
 
 

@@ -14,9 +14,10 @@ from flax import nnx
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata
 from aphrodite_jax.modeling.loader.load import abstract_model
 from aphrodite_jax.modeling.loader.matching import match
-from aphrodite_jax.modeling.loader.parameters import parameters
+from aphrodite_jax.modeling.loader.parameters import wanted_tensors
 from aphrodite_jax.modeling.loader.safetensors_file import StoredTensor
 from aphrodite_jax.modeling.models.interfaces import position_axes
+from aphrodite_jax.modeling.sharding import axes_of_parameters
 from aphrodite_jax.multimodal.context import class_of_config
 from kernels_pallas.intervals import causal
 
@@ -64,6 +65,12 @@ def test_a_forward_pass_has_the_right_shapes(path):
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+def test_every_parameter_is_named_for_several_devices(path):
+    model, _ = published_model(path)
+    assert len(axes_of_parameters(model)) == len(nnx.to_flat_state(nnx.state(model)))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
 def test_every_tensor_of_hugging_face_s_model_has_its_place(path):
     """Names and shapes that the reference holds in memory fill our parameters, and none is left."""
     pytest.importorskip("torch", reason="the reference models of Hugging Face need torch")
@@ -75,6 +82,6 @@ def test_every_tensor_of_hugging_face_s_model_has_its_place(path):
         name: StoredTensor(file=path, dtype="BF16", shape=tuple(shape), offset=0, num_bytes=0)
         for name, shape in shapes.items()
     }
-    wanted = parameters(model)
+    wanted = wanted_tensors(model)
     chosen, _ = match(type(model).weight_rules, stored, wanted, source=path.stem)
     assert set(chosen) == set(wanted)

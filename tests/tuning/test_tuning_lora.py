@@ -73,7 +73,7 @@ def test_an_update_is_alpha_over_rank_times_the_product():
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "per_layer"),
-    [("llava_clip_llama", 7), ("idefics3", 7), ("pixtral", 7), ("qwen2_5_vl", 7), ("gemma3", 7), ("phi3", 4)],
+    [("llava_clip_llama", 7), ("idefics3", 7), ("pixtral", 7), ("qwen2_5_vl", 7), ("gemma3", 7), ("phi3", 7)],
 )
 def test_default_targets_are_the_language_model_s_projections(name, per_layer):
     config = transformers.AutoConfig.for_model(**read_golden(name).config)
@@ -86,9 +86,9 @@ def test_default_targets_are_the_language_model_s_projections(name, per_layer):
 
 def test_targets_may_be_any_linear_of_the_tree():
     model = load_model(shared_case("qwen2_vl").model_config)
-    paths = add_lora(model, targets=r"visual\..*(qkv|mlp\.\d+)", rank=2, rngs=nnx.Rngs(0))
+    paths = add_lora(model, targets=r"visual\..*(q_proj|mlp\.\d+)", rank=2, rngs=nnx.Rngs(0))
     assert [path for path in paths if "merger" in path] == ["visual.merger.mlp.0", "visual.merger.mlp.2"]
-    assert [path for path in paths if "qkv" in path] == [f"visual.blocks.{i}.attn.qkv" for i in range(3)]
+    assert [path for path in paths if "q_proj" in path] == [f"visual.blocks.{i}.attn.q_proj" for i in range(3)]
 
 
 @pytest.mark.parametrize(

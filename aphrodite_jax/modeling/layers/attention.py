@@ -86,8 +86,7 @@ def attend(
         return paged_attention(q, pages, block_tables, tile_request, start, stop, **options), pages
 
     if current_mesh() is not None:  # each device has its own heads, and their pages
-        copies = max(1, model_axis_size() // k.shape[1])
-        k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
+        k, v = _heads_for_all(k), _heads_for_all(v)
         by_head = P(None, MODEL)
         write_and_attend = over_model_axis(write_and_attend, (by_head,) * 4 + (P(),) * 5, (by_head, by_head))
     return write_and_attend(q, k, v, kv_cache, paged.slots, paged.block_tables, paged.tile_request, start, stop)
@@ -110,7 +109,16 @@ def attend_batch(
     def attention(q, k, v, start, stop):
         return interval_attention(q, k, v, start, stop, scale=scale, soft_cap=soft_cap)
 
-    if current_mesh() is not None and k.shape[2] % model_axis_size() == 0:
-        by_head = P(None, None, MODEL)
-        attention = over_model_axis(attention, (by_head,) * 3 + (P(),) * 2, by_head)
+    devices = model_axis_size()
+    if devices > 1:  # a kernel's call is one that XLA can't divide
+        specs: tuple[P, ...] = (P(),) * 5  # all heads on every device
+        if q.shape[2] % devices == 0 and (k.shape[2] % devices == 0 or devices % k.shape[2] == 0):
+            k, v = _heads_for_all(k), _heads_for_all(v)
+            specs = (P(None, None, MODEL),) * 3 + (P(),) * 2
+        attention = over_model_axis(attention, specs, specs[0])
     return attention(q, k, v, *map(jnp.asarray, intervals))
+
+
+def _heads_for_all(x: Float[Array, "*rows K H"]) -> Float[Array, "*rows heads H"]:
+    """Key or value heads, one for each device at least: repeated where they are fewer."""
+    return jnp.repeat(x, max(1, model_axis_size() // x.shape[-2]), axis=-2)

@@ -1,7 +1,7 @@
 """A checkpoint's weights into a model, one tensor at a time."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import CheckpointError, ConfigError
 from aphrodite_jax.modeling.loader.checkpoint_files import checkpoint_tensors
 from aphrodite_jax.modeling.loader.matching import match
-from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
+from aphrodite_jax.modeling.loader.parameters import Parameter, WantedTensor, wanted_tensors
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor, read_blocks
 from aphrodite_jax.modeling.sharding import parameter_shardings
 from aphrodite_jax.multimodal.context import model_class
@@ -27,8 +27,10 @@ ALIGNMENT = 64
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_model(model_config: ModelConfig, mesh: Mesh | None = None) -> nnx.Module:
+def load_model(model_config: ModelConfig, mesh: Mesh | None = None, encoder_parallel: str = "items") -> nnx.Module:
     """The model of ``model_config`` with its weights, on the default device, or divided over those of a mesh.
+
+    ``encoder_parallel`` says how what encodes media lies on a mesh (`parameter_shardings`).
 
     Nothing is initialised: the model is built in the abstract and filled tensor by tensor, so that host
     memory stays under the weights in their target dtype (of which an accelerator leaves none there) plus one
@@ -48,16 +50,17 @@ def load_model(model_config: ModelConfig, mesh: Mesh | None = None) -> nnx.Modul
     stored = checkpoint_tensors(model_config)
     dtype = resolve_dtype(model_config)
     model = abstract_model(model_cls, hf_config, dtype)
-    wanted = parameters(model)
+    wanted = wanted_tensors(model)
     chosen, tied = match(model_cls.weight_rules, stored, wanted, source=repr(model_config.model))
     for path, name in tied.items():
         _check_tied(path, stored[name], {p: stored[n] for p, n in chosen.items() if wanted[p].is_embedding})
     graphdef, state = nnx.split(model)
-    shardings = {} if mesh is None else parameter_shardings(model, mesh)
+    shardings = {} if mesh is None else parameter_shardings(model, mesh, encoder_parallel)
     variables = dict(nnx.to_flat_state(state))
-    for name, parameter in wanted.items():
-        value = _read(name, stored[chosen[name]], parameter, shardings.get(parameter.path))
-        variables[parameter.path] = variables[parameter.path].replace(value)
+    for name, tensor in wanted.items():
+        for parameter, rows in _rows_of_parts(tensor, stored[chosen[name]]):
+            value = _read(name, rows, parameter, shardings.get(parameter.path))
+            variables[parameter.path] = variables[parameter.path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
 
 
@@ -111,6 +114,18 @@ def _stored_dtype(stored: Mapping[str, StoredTensor]) -> str | None:
             dtype = FLOAT_DTYPES[tensor.dtype]
             counts[dtype.name] += tensor.num_bytes // dtype.itemsize
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _rows_of_parts(tensor: WantedTensor, stored: StoredTensor) -> Iterator[tuple[Parameter, StoredTensor]]:
+    """Each parameter that a tensor fills, and its rows of it."""
+    if len(tensor.parts) == 1:
+        yield tensor.parts[0], stored
+        return
+    begin = 0
+    for parameter in tensor.parts:
+        end = begin + parameter.shape[0]
+        yield parameter, stored.rows(begin, end)
+        begin = end
 
 
 def _read(name: str, tensor: StoredTensor, parameter: Parameter, sharding: NamedSharding | None) -> jax.Array:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from aphrodite_jax.errors import CheckpointError
-from aphrodite_jax.modeling.loader.parameters import Parameter
+from aphrodite_jax.modeling.loader.parameters import WantedTensor
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor
 from aphrodite_jax.modeling.loader.weight_rules import WeightRule
 
@@ -19,11 +19,11 @@ SHOWN = 8
 def match(
     rules: Sequence[WeightRule],
     stored: Mapping[str, StoredTensor],
-    wanted: Mapping[str, Parameter],
+    wanted: Mapping[str, WantedTensor],
     *,
     source: str,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """``(chosen, tied)``: parameter name to tensor name, and the same for heads that tied embeddings replace.
+    """``(chosen, tied)``: names that are wanted to names that are stored; for heads that tied embeddings replace, too.
 
     Raises:
       CheckpointError: missing, unmatched, ambiguous, misshapen and unreadable tensors, all of them.
@@ -41,14 +41,14 @@ def match(
             tied[path] = name
         elif path is not None:
             problems["unmatched"].append(f"{name} (the model has no {path})")
-    for path, parameter in wanted.items():
+    for path, tensor in wanted.items():
         names = candidates[path]
         if not names:
             problems["missing"].append(path)
         elif len(names) > 1:
             problems["ambiguous"].append(f"{path} from {' and '.join(names)}")
-        elif stored[names[0]].shape != parameter.shape:
-            expected = list(parameter.shape)
+        elif stored[names[0]].shape != tensor.shape:
+            expected = list(tensor.shape)
             problems["misshapen"].append(f"{names[0]} is {list(stored[names[0]].shape)}, expected {expected}")
         elif stored[names[0]].dtype not in FLOAT_DTYPES:
             problems["not floating point"].append(f"{names[0]} is {stored[names[0]].dtype}")

@@ -9,11 +9,15 @@ The module tree mirrors the checkpoint's names but for the last part, which the 
     nnx.Embed       embedding   weight       the same
     norms           scale       weight       the same
     any other       its name    its name     the same
+
+Projections that a checkpoint has as one matrix are modules of their own here, so that each can be divided over devices.
+The module around them tells: ``joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}`` says that the tensor
+``qkv_proj.weight`` is the rows of the three, one behind another. The same goes for their biases.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -22,7 +26,7 @@ from flax import nnx
 from aphrodite_jax.errors import CheckpointError
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 
-__all__ = ["Parameter", "parameters"]
+__all__ = ["Parameter", "WantedTensor", "wanted_tensors"]
 
 Layout = Callable[[nnx.Module, np.ndarray], np.ndarray]
 """An array of ours as a view in the checkpoint's axes: written through to load, read to save."""
@@ -63,40 +67,75 @@ class Parameter:
       value: the array, or its shape and dtype in an abstract model.
       shape: its shape in the checkpoint.
       view: an array of ours as a view in the checkpoint's axes.
-      is_embedding: whether it is the table of an `nnx.Embed`.
     """
 
     path: tuple[str | int, ...]
     value: jax.Array | jax.ShapeDtypeStruct
     shape: tuple[int, ...]
     view: Callable[[np.ndarray], np.ndarray]
-    is_embedding: bool
 
 
-def parameters(model: nnx.Module) -> dict[str, Parameter]:
-    """Dotted checkpoint name to parameter, for a real model or an abstract one (`nnx.eval_shape`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WantedTensor:
+    """A tensor that a checkpoint must have for a model.
+
+    Attributes:
+      parts: the parameter that it fills; of joined projections each, whose rows stand one behind another.
+      is_embedding: whether it is the table of an `nnx.Embed`.
+    """
+
+    parts: tuple[Parameter, ...]
+    is_embedding: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        first = self.parts[0].shape
+        return first if len(self.parts) == 1 else (sum(part.shape[0] for part in self.parts), *first[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its parts."""
+        return self.parts[0].value.dtype
+
+
+def wanted_tensors(model: nnx.Module) -> dict[str, WantedTensor]:
+    """Tensors by dotted checkpoint name, for a real model or an abstract one (`nnx.eval_shape`).
 
     Raises:
       CheckpointError: the model keeps state that is no `nnx.Param`, which no checkpoint could fill.
     """
     modules = dict(nnx.iter_modules(model))
-    found = {}
+    found: dict[str, list[tuple[int, Parameter]]] = {}
+    embeddings = set()
     foreign = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if not isinstance(variable, nnx.Param):
             foreign.append(f"{'.'.join(map(str, path))} ({type(variable).__name__})")
             continue
-        name, parameter = _parameter(modules.get(path[:-1]), path, variable.get_value())
-        found[name] = parameter
+        module = modules.get(path[:-1])
+        leaf, parameter = _parameter(module, path, variable.get_value())
+        *parents, place = _joined_path(path[:-1], modules)
+        name = ".".join([*map(str, parents), leaf])
+        found.setdefault(name, []).append((place, parameter))
+        if isinstance(module, nnx.Embed):
+            embeddings.add(name)
     if foreign:
         raise CheckpointError(
             f"{type(model).__name__} keeps state that no checkpoint has: {', '.join(foreign)}. Compute it "
             "when the model is called, or make it an nnx.Param"
         )
-    return found
+    return {
+        name: WantedTensor(
+            parts=tuple(parameter for _, parameter in sorted(parts, key=lambda part: part[0])),
+            is_embedding=name in embeddings,
+        )
+        for name, parts in found.items()
+    }
 
 
 def _parameter(module, path, value) -> tuple[str, Parameter]:
+    """Its last name in the checkpoint, and the parameter."""
     leaf, layout = str(path[-1]), _same
     for kind, leaves in KINDS:
         if isinstance(module, kind):
@@ -105,6 +144,13 @@ def _parameter(module, path, value) -> tuple[str, Parameter]:
     view = functools.partial(layout, module)
     # A view of zero strides has the shape without the memory.
     shape = view(np.broadcast_to(np.zeros((), np.bool_), value.shape)).shape
-    name = ".".join([*map(str, path[:-1]), leaf])
-    is_embedding = isinstance(module, nnx.Embed)
-    return name, Parameter(path=path, value=value, shape=shape, view=view, is_embedding=is_embedding)
+    return leaf, Parameter(path=path, value=value, shape=shape, view=view)
+
+
+def _joined_path(path: tuple, modules: Mapping[tuple, nnx.Module]) -> tuple:
+    """The path of a module in the checkpoint, and its place among the projections that stand there."""
+    joined = getattr(modules.get(path[:-1]), "joined", {}) if path else {}
+    for name, parts in joined.items():
+        if path[-1] in parts:
+            return *path[:-1], name, parts.index(path[-1])
+    return *path, 0

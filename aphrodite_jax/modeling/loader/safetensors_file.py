@@ -47,6 +47,12 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
+    def rows(self, begin: int, end: int) -> "StoredTensor":
+        """Those of the first axis from ``begin`` to ``end``, which are one run of bytes."""
+        of_row = self.num_bytes // self.shape[0]
+        shape, offset = (end - begin, *self.shape[1:]), self.offset + begin * of_row
+        return dataclasses.replace(self, shape=shape, offset=offset, num_bytes=(end - begin) * of_row)
+
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Name to place of every tensor in ``file``; no tensor is read.

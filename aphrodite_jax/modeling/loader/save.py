@@ -13,7 +13,7 @@ from flax import nnx
 
 from aphrodite_jax.errors import CheckpointError
 from aphrodite_jax.modeling.loader.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from aphrodite_jax.modeling.loader.parameters import Parameter, parameters
+from aphrodite_jax.modeling.loader.parameters import WantedTensor, wanted_tensors
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, write_file
 
 __all__ = ["save_pretrained"]
@@ -40,13 +40,13 @@ def save_pretrained(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    found = parameters(model)
-    odd = [name for name, parameter in found.items() if parameter.value.dtype not in FLOAT_DTYPES.values()]
+    found = wanted_tensors(model)
+    odd = [name for name, tensor in found.items() if tensor.dtype not in FLOAT_DTYPES.values()]
     if odd:
         raise CheckpointError(f"parameters that are not floating point can't be saved: {', '.join(odd)}")
     files = _shards(found, max_shard_bytes)
     for file, names in files.items():
-        described = {name: (found[name].value.dtype, found[name].shape) for name in names}
+        described = {name: (found[name].dtype, found[name].shape) for name in names}
         write_file(directory / file, described, lambda name: _array(found[name]))
     if len(files) > 1:
         index = {
@@ -62,11 +62,11 @@ def save_pretrained(
     _write_text(directory / "config.json", _config_text(model, hf_config, found))
 
 
-def _shards(found: dict[str, Parameter], max_shard_bytes: int) -> dict[str, list[str]]:
+def _shards(found: dict[str, WantedTensor], max_shard_bytes: int) -> dict[str, list[str]]:
     """File to names of its tensors, in the order of the model; a larger tensor has a file of its own."""
     shards, size = [[]], 0
-    for name, parameter in found.items():
-        num_bytes = _num_bytes(parameter)
+    for name, tensor in found.items():
+        num_bytes = _num_bytes(tensor)
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -77,17 +77,18 @@ def _shards(found: dict[str, Parameter], max_shard_bytes: int) -> dict[str, list
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
-def _num_bytes(parameter: Parameter) -> int:
-    return math.prod(parameter.shape) * parameter.value.dtype.itemsize
+def _num_bytes(tensor: WantedTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _array(parameter: Parameter) -> np.ndarray:
-    return parameter.view(np.asarray(parameter.value))
+def _array(tensor: WantedTensor) -> np.ndarray:
+    parts = [part.view(np.asarray(part.value)) for part in tensor.parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _config_text(model: nnx.Module, hf_config: transformers.PretrainedConfig, found) -> str:
     config = copy.deepcopy(hf_config)
-    dtypes = {parameter.value.dtype.name for parameter in found.values()}
+    dtypes = {tensor.dtype.name for tensor in found.values()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     config.architectures = config.architectures or [type(model).__name__]
     return config.to_json_string(use_diff=True)

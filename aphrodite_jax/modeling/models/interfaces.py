@@ -47,7 +47,8 @@ class LanguageModel(Protocol):
 
     A class may have ``traits``, a tuple of what sets it apart, in a few words each, for lists of models; and a method
     ``final_norm(hidden_states [T, D])``, the norm behind its last layer, with which `LLM.capture` reads what stands
-    between the layers as tokens.
+    between the layers as tokens; and ``logical_axes``, names for the axes of parameters that
+    `aphrodite_jax.modeling.sharding.LOGICAL_AXES` does not name, without which it runs on one device alone.
     """
 
     weight_rules: ClassVar[tuple[WeightRule, ...]]

@@ -1,51 +1,31 @@
-"""Phi-3 and Phi-4 mini: Llama's decoder with joined projections, a part of each head turned, and a window.
+"""Phi-3 and Phi-4 mini: Llama's decoder with projections joined in checkpoints, part of each head turned, and a window.
 
 https://arxiv.org/abs/2404.14219
 """
 
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from aphrodite_jax.modeling.layers.activation import activation
-from aphrodite_jax.modeling.models.llama import LlamaAttention, LlamaDecoderLayer
+from aphrodite_jax.modeling.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from aphrodite_jax.modeling.models.mistral import MistralForCausalLM
 
 __all__ = ["Phi3ForCausalLM"]
 
 
 class Phi3Attention(LlamaAttention):
-    """Llama's attention; queries, keys and values come from one projection, in this order."""
+    """Llama's attention; checkpoints have queries, keys and values as one projection, in this order."""
 
-    def _make_projections(self, config, **kw):
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.splits = (heads * self.head_dim, (heads + kv_heads) * self.head_dim)
-        self.qkv_proj = nnx.Linear(config.hidden_size, (heads + 2 * kv_heads) * self.head_dim, **kw)
-
-    def project(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "T N H"], ...]:
-        """Queries, keys and values by head."""
-        parts = jnp.split(self.qkv_proj(x), self.splits, axis=-1)
-        return tuple(part.reshape(len(x), -1, self.head_dim) for part in parts)
+    joined: ClassVar[Mapping[str, Sequence[str]]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
-class Phi3MLP(nnx.Module):
-    """Gated feed-forward whose gate and values come from one projection, the gate first."""
+class Phi3MLP(LlamaMLP):
+    """Gated feed-forward; checkpoints have gate and values as one projection, the gate first."""
 
-    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        kw = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.act = activation(config.hidden_act)
-        self.gate_up_proj = nnx.Linear(width, 2 * inner, **kw)
-        self.down_proj = nnx.Linear(inner, width, **kw)
-
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The feed-forward of each row."""
-        gate, values = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(self.act(gate) * values)
+    joined: ClassVar[Mapping[str, Sequence[str]]] = {"gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Phi3DecoderLayer(LlamaDecoderLayer):
-    """Llama's with joined projections."""
+    """Llama's with projections that checkpoints join."""
 
     attention_class = Phi3Attention
     mlp_class = Phi3MLP

@@ -119,16 +119,22 @@ class VisionPatchEmbed(nnx.Module):
 class VisionAttention(nnx.Module):
     """Self-attention of patches, with heads turned by line and column, within the intervals that are given."""
 
+    joined: ClassVar[Mapping[str, Sequence[str]]] = {"qkv": ("q_proj", "k_proj", "v_proj")}
+
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
         width, kw = tower_width(config), {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.qkv = nnx.Linear(width, 3 * width, **kw)
+        self.q_proj = nnx.Linear(width, width, **kw)
+        self.k_proj = nnx.Linear(width, width, **kw)
+        self.v_proj = nnx.Linear(width, width, **kw)
         self.proj = nnx.Linear(width, width, **kw)
 
     def __call__(self, x: Float[Array, "B T D"], rotary: RotaryTable, intervals: RowIntervals) -> Float[Array, "B T D"]:
         """Attention of each item's patches."""
         B, T, D = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(B, T, 3, self.num_heads, -1), 2, 0)
+        q, k, v = (
+            projection(x).reshape(B, T, self.num_heads, -1) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         return self.proj(attend_batch(q, k, v, intervals).reshape(B, T, D))
 

@@ -1,0 +1,146 @@
+"""Where parameters lie on a mesh: every one is named, and heads, feed-forwards and the vocabulary are divided."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+import transformers
+from flax import nnx
+from golden_files import read_golden
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from aphrodite_jax import ModelConfig
+from aphrodite_jax.errors import ConfigError
+from aphrodite_jax.modeling.loader.load import abstract_model
+from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
+from aphrodite_jax.modeling.sharding import (
+    MESH_AXES,
+    MODEL,
+    axes_of_parameters,
+    check_heads,
+    parameter_shardings,
+)
+from aphrodite_jax.multimodal.context import class_of_config, model_class
+from aphrodite_jax.testing import tiny_models
+
+pytestmark = pytest.mark.once
+
+LAYER = ("language_model", "model", "layers", 1)
+TOWER_LAYER = ("vision_tower", "vision_model", "encoder", "layers", 1)
+
+
+def read_config(name):
+    config = transformers.AutoConfig.for_model(**read_golden(name).config)
+    return class_of_config(config), config
+
+
+def shapes_of(model):
+    return {path: variable.get_value().shape for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("name", tiny_models())
+def test_every_parameter_of_every_family_is_named(name):
+    tiny = tiny_models()[name]
+    model = abstract_model(tiny.model_cls, tiny.config, jnp.float32)
+    shapes, axes = shapes_of(model), axes_of_parameters(model)
+    assert axes.keys() == shapes.keys()
+    for path, shape in shapes.items():
+        assert len(axes[path]) == len(shape)
+        if len(shape) == 2 and {"layers", "layer", "blocks"} & set(path):  # a matrix of a layer, of decoder and tower
+            assert [MESH_AXES[name] for name in axes[path]].count(MODEL) == 1, path
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    directory = read_golden("llava_clip_llama").write_checkpoint(tmp_path_factory.mktemp("mesh") / "llava")
+    config = ModelConfig(model=directory)
+    return abstract_model(model_class(config), config.hf_config, jnp.float32)
+
+
+@pytest.mark.parametrize(("devices", "of_keys"), [(2, P(None, MODEL)), (4, P(None, None))])
+def test_where_parameters_lie(llava, devices, of_keys):
+    """There are four query heads, and two of keys and values."""
+    shardings = parameter_shardings(llava, AbstractMesh((devices,), (MODEL,)))
+    assert shardings.keys() == shapes_of(llava).keys()
+    assert shardings[*LAYER, "self_attn", "q_proj", "kernel"].spec == P(None, MODEL)
+    assert shardings[*LAYER, "self_attn", "k_proj", "kernel"].spec == of_keys
+    assert shardings[*LAYER, "self_attn", "o_proj", "kernel"].spec == P(MODEL, None)
+    assert shardings[*LAYER, "mlp", "down_proj", "kernel"].spec == P(MODEL, None)
+    assert shardings[*LAYER, "input_layernorm", "scale"].spec == P(None)
+    assert shardings["language_model", "model", "embed_tokens", "embedding"].spec == P(MODEL, None)
+
+
+def test_what_encodes_media_lies_whole_or_is_divided(llava):
+    mesh = AbstractMesh((2,), (MODEL,))
+    matrices = {
+        (*TOWER_LAYER, "self_attn", "v_proj", "kernel"): P(None, MODEL),
+        (*TOWER_LAYER, "mlp", "fc2", "kernel"): P(MODEL, None),
+        ("multi_modal_projector", "linear_1", "kernel"): P(None, MODEL),
+        ("multi_modal_projector", "linear_1", "bias"): P(MODEL),
+        ("multi_modal_projector", "linear_2", "kernel"): P(MODEL, None),
+    }
+    by_items, by_weights = (parameter_shardings(llava, mesh, how) for how in ("items", "weights"))
+    assert {path: by_weights[path].spec for path in matrices} == matrices
+    assert {path for path in by_items if by_items[path] != by_weights[path]} >= matrices.keys()
+    assert all(by_items[path] == by_weights[path] for path in by_items if path[0] == "language_model")
+    assert all(set(by_items[path].spec) == {None} for path in by_items if path[0] != "language_model")
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3"])
+def test_each_of_two_devices_has_half_of_a_text_model(name):
+    """But for norms, even where a checkpoint joins projections."""
+    model = abstract_model(*read_config(name), jnp.float32)
+    shardings = parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
+    shapes = shapes_of(model)
+    of_one = sum(math.prod(shardings[path].shard_shape(shape)) for path, shape in shapes.items())
+    norms = sum(math.prod(shape) for path, shape in shapes.items() if path[-1] == "scale")
+    assert 2 * (of_one - norms) == sum(map(math.prod, shapes.values())) - norms
+
+
+class Own(LlamaForCausalLM):
+    """With parameters of its own."""
+
+    def __init__(self, config, *, dtype, rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.adapters = nnx.List([nnx.Linear(8, 16, param_dtype=dtype, rngs=rngs) for _ in range(2)])
+
+
+class Named(Own):
+    logical_axes = ((r"adapters\.\d+\.kernel", ("width", "inner")), (r"adapters\.\d+\.bias", ("inner",)))
+
+
+def test_what_no_pattern_names_is_refused_in_one_error():
+    model = abstract_model(Own, read_config("llama")[1], jnp.float32)
+    with pytest.raises(
+        ConfigError, match=r"of Own must have names .*: adapters.\*.bias \[16\] has no names; adapt"
+    ) as e:
+        parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
+    assert "Give the class logical_axes" in str(e.value)
+
+
+def test_a_class_may_name_its_own():
+    model = abstract_model(Named, read_config("llama")[1], jnp.float32)
+    shardings = parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
+    assert shardings["adapters", 1, "kernel"].spec == P(None, MODEL)
+    assert shardings["model", "layers", 0, "mlp", "up_proj", "kernel"].spec == P(None, MODEL)
+
+
+@pytest.mark.parametrize("axes", [("width",), ("width", "breadth")])
+def test_names_must_fit_the_axes(monkeypatch, axes):
+    monkeypatch.setattr(Named, "logical_axes", ((r"adapters\.\d+\.kernel", axes), *Named.logical_axes))
+    model = abstract_model(Named, read_config("llama")[1], jnp.float32)
+    with pytest.raises(ConfigError, match=rf"adapters.\*.kernel \[8, 16\] is named {', '.join(axes)}\."):
+        axes_of_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "devices", "message"),
+    [
+        (6, 2, 4, r"does not divide the model's 6 attention heads; it may be 1, 2, 3, 6"),
+        (12, 3, 2, "neither divides the model's 3 key and value heads nor is a multiple"),
+    ],
+)
+def test_heads_that_can_t_be_divided_are_refused(heads, kv_heads, devices, message):
+    with pytest.raises(ConfigError, match=message):
+        check_heads(heads, kv_heads, devices)
