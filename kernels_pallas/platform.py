@@ -1,10 +1,13 @@
 """Which implementation of an op serves."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
-__all__ = ["HOPPER", "capability", "default", "refuse_interpret", "select", "tpu_reciprocal"]
+__all__ = ["HOPPER", "capability", "default", "made_for", "refuse_interpret", "select", "tpu_reciprocal"]
 
 FALLBACK = "xla"
 """Serves every platform."""
@@ -13,13 +16,26 @@ LEAST_CAPABILITY = 8
 HOPPER = 9
 """The major number from which a warp group multiplies 64 rows at a time: H100, H200 and later."""
 
+_TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def made_for(device: Any) -> Iterator[None]:
+    """While a program is traced: it is for ``device``, which may be one that is compiled for and not there."""
+    token = _TARGET.set(device)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
 
 def default() -> str:
-    """Name of the implementation that is made for JAX's default device.
+    """Name of the implementation that is made for the device of `made_for`, or for JAX's default device.
 
     "pallas_tpu" on TPU, "pallas_gpu" on an NVIDIA GPU of compute capability 8.0 or more, otherwise "xla".
     """
-    backend = jax.default_backend()
+    target = _TARGET.get()
+    backend = jax.default_backend() if target is None else target.platform
     if backend == "tpu":
         return "pallas_tpu"
     if backend in ("gpu", "cuda") and (capability() or 0) >= LEAST_CAPABILITY:
@@ -28,10 +44,12 @@ def default() -> str:
 
 
 def capability() -> int | None:
-    """Major CUDA compute capability of the device that JAX uses by default; None where it is no NVIDIA GPU."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if not isinstance(device, jax.Device):  # none is set, or a platform's name
-        device = jax.local_devices()[0]
+    """Major CUDA compute capability of the same device; None where it is no NVIDIA GPU."""
+    device = _TARGET.get()
+    if device is None:
+        device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(device, jax.Device):  # none is set, or a platform's name
+            device = jax.local_devices()[0]
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "gfx90a" on ROCm
     return int(major) if major.isdecimal() else None
 

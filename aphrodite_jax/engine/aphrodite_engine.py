@@ -28,7 +28,7 @@ from aphrodite_jax.engine.sequence import PreparedPrompt, Sequence, SequenceStat
 from aphrodite_jax.engine.stats import EngineStats, clock
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.executor.buckets import TILE_SIZE
-from aphrodite_jax.executor.mesh import make_mesh, part_on, processes_of, replica_meshes
+from aphrodite_jax.executor.mesh import make_mesh, part_on, processes_of, replica_meshes, share_of_work
 from aphrodite_jax.executor.model_runner import MAX_DECODE_STEPS, ModelRunner
 from aphrodite_jax.executor.processes import coordinator
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer
@@ -80,6 +80,7 @@ class AphroditeEngine:
         self.tokenizer = load_tokenizer(model_config)
         self.end_token_ids = end_token_ids(model_config, self.tokenizer)
         self.stats = EngineStats()
+        self._mesh = make_mesh(engine_config.tensor_parallel_size, engine_config.data_parallel_size)
         self.replicas = self._make_replicas(media_budget)
         self._prepare = PromptPreparer(
             model_config,
@@ -113,6 +114,11 @@ class AphroditeEngine:
     def lockstep(self) -> Lockstep | None:
         """What holds this process together with others that serve the same replica; None for one that is alone."""
         return self.replicas[0].lockstep
+
+    @property
+    def share_of_work(self) -> tuple[int, int]:
+        """Which share of a job that runs in several processes this one does, and of how many."""
+        return share_of_work(self._mesh)
 
     # Requests.
 
@@ -387,10 +393,9 @@ class AphroditeEngine:
     def _make_replicas(self, media_budget: int) -> tuple[Replica, ...]:
         """The model on each row of the mesh that this process serves, its programs compiled if they are to be."""
         config = self.engine_config
-        mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
-        model = load_model(self.model_config, mesh)
+        model = load_model(self.model_config, self._mesh)
         replicas = []
-        for row in replica_meshes(mesh):
+        for row in replica_meshes(self._mesh):
             runner = ModelRunner(
                 part_on(model, row),
                 self.model_config,

@@ -31,24 +31,42 @@ class Lockstep:
       name: of the replica, the same in all of them.
       processes: those that serve it; ``process`` is this one.
       patience: seconds in which another process must have come to the same step.
+
+    Attributes:
+      leads: whether this is the first of the processes.
+      asked: the highest level of what a process asked for, a stop say; all learn it at the same step.
     """
 
     def __init__(self, store: Store, name: str, *, processes: Sequence[int], process: int, patience: float = PATIENCE):
         self._store, self._name, self._process, self._patience = store, name, process, patience
         self._others = [other for other in processes if other != process]
-        self.leads = process == min(processes)
+        self._first = min(processes)
+        self.leads = process == self._first
         self._digest = hashlib.sha256()
         self._step = 0  # of the latest plan that was published; 0 for none
-        self._wants_stop = self._stops = False
+        self._asked, self.asked = 0, 0
+        self._num_told = 0
 
-    @property
-    def stops(self) -> bool:
-        """Whether some process asked for a stop; all processes learn it at the same step."""
-        return self._stops
+    def ask(self, level: int) -> None:
+        """Have ``asked`` be at least ``level`` from the next step on, in all processes."""
+        self._asked = max(self._asked, level)
 
-    def ask_for_stop(self) -> None:
-        """Have all processes see ``stops`` at the next step."""
-        self._wants_stop = True
+    def told(self, what: str, text: str | None = None) -> str:
+        """A text of the first process, which gives it, for all; all must ask for the same things in the same order.
+
+        Raises:
+          LockstepError: the first process does not give it.
+        """
+        self._num_told += 1
+        key = f"aphrodite_jax/{self._name}/told {self._num_told}: {what}"
+        if self.leads:
+            assert text is not None, "the first process tells"
+            self._store.put(key, text)
+            return text
+        found = self._store.get(key, self._patience)
+        if found is None:
+            raise LockstepError(self._missed(self._first, what))
+        return found
 
     def compare(self, what: str, text: str) -> None:
         """See that all processes say the same of ``what``, an option of the engine say.
@@ -73,18 +91,18 @@ class Lockstep:
         """
         self._add(plan)
         self._step += 1
-        what, stops = f"step {self._step}", self._wants_stop
+        what, asked = f"step {self._step}", self._asked
         mine = f"{self._digest.hexdigest()[:DIGEST]} {_summary(plan)}"
-        self._store.put(self._key(what, self._process), f"{'stop' if stops else 'go'} {mine}")
+        self._store.put(self._key(what, self._process), f"{asked} {mine}")
         for other in self._others:
-            flag, _, theirs = self._of(other, what).partition(" ")
-            stops |= flag == "stop"
+            level, _, theirs = self._of(other, what).partition(" ")
+            asked = max(asked, int(level))
             if theirs != mine:
                 raise LockstepError(
                     f"at {what}, process {self._process} planned{mine[DIGEST:]}, and process {other} planned"
                     f"{theirs[DIGEST:]}: all must get the same requests with the same options, in the same order"
                 )
-        self._stops |= stops
+        self.asked = max(self.asked, asked)
         if self._step > 1:  # whoever came to this step has read the one before
             self._store.delete(self._key(f"step {self._step - 1}", self._process))
 
@@ -101,11 +119,14 @@ class Lockstep:
     def _of(self, other: int, what: str) -> str:
         text = self._store.get(self._key(what, other), self._patience)
         if text is None:
-            raise LockstepError(
-                f"process {other} did not come to {what} within {self._patience:.0f} s of process {self._process}: it "
-                "has fewer requests, or hangs; look into its log"
-            )
+            raise LockstepError(self._missed(other, what))
         return text
+
+    def _missed(self, other: int, what: str) -> str:
+        return (
+            f"process {other} did not come to {what} within {self._patience:.0f} s of process {self._process}: it has "
+            "fewer requests, or hangs; look into its log"
+        )
 
     def _key(self, what: str, process: int) -> str:
         return f"aphrodite_jax/{self._name}/{what}/{process}"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.modeling.sharding import MODEL
 
-__all__ = ["DATA", "make_mesh", "part_on", "processes_of", "replica_meshes"]
+__all__ = ["DATA", "make_mesh", "part_on", "processes_of", "replica_meshes", "share_of_work"]
 
 DATA = "data"
 """The mesh axis along which there are copies of the model."""
@@ -57,6 +57,15 @@ def processes_of(mesh: Mesh | None) -> tuple[int, ...]:
     if mesh is None:
         return (jax.process_index(),)
     return tuple(sorted({device.process_index for device in mesh.devices.flat}))
+
+
+def share_of_work(mesh: Mesh | None) -> tuple[int, int]:
+    """Which share of a job this process does, from 0, and of how many: those that serve a replica together do one."""
+    if mesh is None or len(processes_of(replica_meshes(mesh)[0])) == 1:
+        return jax.process_index(), jax.process_count()
+    process = jax.process_index()
+    rows = [index for index, row in enumerate(mesh.devices) if any(x.process_index == process for x in row)]
+    return rows[0], len(mesh.devices)
 
 
 def part_on(model: Any, mesh: Mesh | None) -> Any:

@@ -1,6 +1,9 @@
-"""Device programs: compiled ahead of time for declared shapes, and counted when they are not."""
+"""Device programs: compiled ahead of time for declared shapes, and counted when they are not.
 
-import contextlib
+A mesh of devices that are not there (`jax.experimental.topologies`) has its programs compiled like any other; they can
+be looked at and saved, and not run.
+"""
+
 import dataclasses
 import time
 import warnings
@@ -13,19 +16,29 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from aphrodite_jax.errors import RecompilationError
+from aphrodite_jax.executor.saved_programs import SavedProgram, SavedPrograms
+from kernels_pallas.platform import made_for
 
 __all__ = ["CompileJob", "CompiledProgram", "Programs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
-    """One program in one bucket: ``temp_bytes`` of device memory while it runs, seconds that it took to compile."""
+    """One program in one bucket.
+
+    Attributes:
+      call: takes the arguments of its job.
+      temp_bytes: device memory while it runs, arguments and results not counted.
+      seconds: that it took to compile, or to read.
+      code_bytes: device memory of its machine code, while it is held ready.
+    """
 
     name: str
     key: Hashable
     call: Callable
     temp_bytes: int
     seconds: float
+    code_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,25 +56,26 @@ class Programs:
     """All compiled programs by ``(name, key)``.
 
     After `seal`, a program that was not compiled before raises `RecompilationError` ("raise") or is compiled
-    with a warning and counted in ``late_compiles`` ("warn"). With a mesh, programs are for all of its devices.
+    with a warning and counted in ``late_compiles`` ("warn"). With a mesh, programs are for all of its devices. With
+    ``saved``, those that are there are read, and the others are put there.
     """
 
-    def __init__(self, on_recompile: str, mesh: Mesh | None = None):
+    def __init__(self, on_recompile: str, mesh: Mesh | None = None, saved: SavedPrograms | None = None):
         self._on_recompile = on_recompile
         self._mesh = mesh
+        self._saved = saved
         self._compiled: dict[tuple[str, Hashable], CompiledProgram] = {}
         self._sealed = False
         self.late_compiles = 0
 
     def compile(self, jobs: Sequence[CompileJob], *, show_progress: bool) -> None:
         """Trace one after another and compile in parallel; programs that are there are left."""
-        jobs = [job for job in jobs if (job.name, job.key) not in self._compiled]
+        jobs = [job for job in jobs if (job.name, job.key) not in self._compiled and not self._read(job)]
         bar = tqdm(total=len(jobs), desc="compiling programs", unit="program", disable=not show_progress)
         with bar, ThreadPoolExecutor(max_workers=4) as pool:
-            futures = [pool.submit(_compile, job, self._lower(job)) for job in jobs]
-            for future in futures:
-                program = future.result()
-                self._compiled[program.name, program.key] = program
+            futures = [pool.submit(_compile, job, self.lower(job)) for job in jobs]
+            for job, future in zip(jobs, futures, strict=True):
+                self._keep(job, future.result())
                 bar.update()
 
     def seal(self) -> None:
@@ -70,25 +84,40 @@ class Programs:
 
     def run(self, job: CompileJob) -> Any:
         """Run a program on its arguments; arrays at donated positions must not be used afterwards."""
-        program = self._compiled.get((job.name, job.key))
-        if program is None:
+        if (job.name, job.key) not in self._compiled and not self._read(job):
             if self._sealed:
                 self._report_late(job)
-            program = self._compiled[job.name, job.key] = _compile(job, self._lower(job))
-        return program.call(*job.args)
+            self._keep(job, _compile(job, self.lower(job)))
+        return self._compiled[job.name, job.key].call(*job.args)
+
+    def has(self, job: CompileJob) -> bool:
+        """Whether the program of a job was compiled."""
+        return (job.name, job.key) in self._compiled
+
+    def get(self, job: CompileJob) -> CompiledProgram:
+        """The program of a job that was compiled."""
+        return self._compiled[job.name, job.key]
 
     def table(self) -> tuple[CompiledProgram, ...]:
         """Every compiled program, by name."""
         return tuple(sorted(self._compiled.values(), key=lambda program: (program.name, str(program.key))))
 
     def describe(self) -> str:
-        """A table: program, bucket, seconds to compile, bytes of temporary memory."""
-        rows = [("program", "bucket", "seconds", "temporary")]
-        rows += [(x.name, _short(x.key), f"{x.seconds:.2f}", f"{x.temp_bytes / 2**20:,.1f} MiB") for x in self.table()]
+        """A table: program, bucket, seconds to compile, temporary memory, machine code."""
+        rows = [("program", "bucket", "seconds", "temporary", "code")]
+        rows += [
+            (
+                x.name,
+                _short(x.key),
+                f"{x.seconds:.2f}",
+                *(f"{n / 2**20:,.1f} MiB" for n in (x.temp_bytes, x.code_bytes)),
+            )
+            for x in self.table()
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            f"{name:<{widths[0]}}  {key:<{widths[1]}}  {seconds:>{widths[2]}}  {size:>{widths[3]}}"
-            for name, key, seconds, size in rows
+            f"{name:<{widths[0]}}  {key:<{widths[1]}}  {seconds:>{widths[2]}}  {temp:>{widths[3]}}  {code:>{widths[4]}}"
+            for name, key, seconds, temp, code in rows
         ]
         return "\n".join(lines)
 
@@ -96,9 +125,40 @@ class Programs:
         """Device memory of the hungriest program called ``name``, its arguments and results not counted."""
         return max((program.temp_bytes for program in self._compiled.values() if program.name == name), default=0)
 
-    def _lower(self, job: CompileJob) -> Any:
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return jax.jit(job.fn, donate_argnums=job.donate).lower(*job.args)
+    def code_bytes(self) -> int:
+        """Device memory of the machine code of all programs."""
+        return sum(program.code_bytes for program in self._compiled.values())
+
+    def _read(self, job: CompileJob) -> bool:
+        """Take a program from those that were saved; whether it was there."""
+        if self._saved is None:
+            return False
+        begin = time.perf_counter()
+        found = self._saved.read(job.name, job.key, job.args, job.donate)
+        if found is not None:
+            self._compiled[job.name, job.key] = CompiledProgram(
+                name=job.name,
+                key=job.key,
+                call=found.call,
+                temp_bytes=found.temp_bytes,
+                code_bytes=found.code_bytes,
+                seconds=time.perf_counter() - begin,
+            )
+        return found is not None
+
+    def _keep(self, job: CompileJob, program: CompiledProgram) -> None:
+        self._compiled[job.name, job.key] = program
+        if self._saved is not None:
+            saved = SavedProgram(call=program.call, temp_bytes=program.temp_bytes, code_bytes=program.code_bytes)
+            self._saved.write(job.name, job.key, job.args, job.donate, saved)
+
+    def lower(self, job: CompileJob) -> Any:
+        """A program traced, as `jax.stages.Lowered`."""
+        jitted = jax.jit(job.fn, donate_argnums=job.donate)
+        if self._mesh is None:
+            return jitted.lower(*job.args)
+        with jax.set_mesh(self._mesh), made_for(self._mesh.devices.flat[0]):
+            return jitted.lower(*job.args)
 
     def _report_late(self, job: CompileJob) -> None:
         self.late_compiles += 1
@@ -113,7 +173,7 @@ def _short(key: Hashable) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _compile(job: CompileJob, lowered) -> CompiledProgram:
+def _compile(job: CompileJob, lowered: Any) -> CompiledProgram:
     begin = time.perf_counter()
     compiled = lowered.compile()
     analysis = compiled.memory_analysis()  # None on backends without the analysis
@@ -122,5 +182,6 @@ def _compile(job: CompileJob, lowered) -> CompiledProgram:
         key=job.key,
         call=compiled,
         temp_bytes=0 if analysis is None else analysis.temp_size_in_bytes,
+        code_bytes=0 if analysis is None else analysis.generated_code_size_in_bytes,
         seconds=time.perf_counter() - begin,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from kernels_pallas.benchmark.cases import CASES, Case, Dense, Paged, Write, estimated
 from kernels_pallas.pages import pages_shape
 
-__all__ = ["array", "build", "kernels"]
+__all__ = ["array", "build", "build_paged", "kernels"]
 
 
 def kernels(case: Case) -> list[tuple[str, Case]]:
@@ -24,6 +24,12 @@ def build(case: str):
     """What to compile for a case of `CASES`, at its measured part."""
     part, _ = estimated(CASES[case])
     return {Dense: _dense, Paged: _paged, Write: _write}[type(part)](part)
+
+
+def build_paged(**sizes):
+    """What to compile for paged attention of other sizes than those of the cases, the fields of `Paged`."""
+    requests = tuple(map(tuple, sizes.pop("requests")))
+    return _paged(Paged(about="", requests=requests, **sizes))
 
 
 def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

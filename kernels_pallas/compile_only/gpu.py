@@ -53,7 +53,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the compiler asks about a card; memory in bytes, shared memory a block (opt-in) and a multiprocessor."""
+    """What the compiler asks about a card; memory in bytes, shared memory a block (opt-in) and a multiprocessor.
+
+    ``flops`` are bfloat16 operations a second of its tensor cores, without sparsity, from NVIDIA's data sheets.
+    """
 
     name: str
     capability: tuple[int, int]
@@ -65,6 +68,7 @@ class Card:
     bandwidth: int
     l2_cache: int
     clock_ghz: float
+    flops: float
 
     def target_config(self) -> str:
         """XLA's ``GpuTargetConfigProto`` as text."""
@@ -95,6 +99,7 @@ CARDS = {
         bandwidth=2_039_000_000_000,
         l2_cache=41_943_040,
         clock_ghz=1.41,
+        flops=312e12,
     ),
     "l4": Card(
         name="NVIDIA L4",
@@ -107,6 +112,7 @@ CARDS = {
         bandwidth=300_000_000_000,
         l2_cache=50_331_648,
         clock_ghz=2.04,
+        flops=121e12,
     ),
     "h100": Card(
         name="NVIDIA H100 80GB HBM3",
@@ -119,6 +125,7 @@ CARDS = {
         bandwidth=3_352_320_000_000,
         l2_cache=52_428_800,
         clock_ghz=1.98,
+        flops=989e12,
     ),
 }
 """NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities."""

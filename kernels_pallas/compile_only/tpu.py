@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["CHIPS", "Chip", "compile_for", "run"]
+__all__ = ["CHIPS", "Chip", "compile_for", "run", "topology_devices"]
 
 
 class Chip(NamedTuple):
@@ -33,27 +33,42 @@ class Chip(NamedTuple):
       clock: cycles a second.
       flops: bfloat16 operations a cycle, all matrix units.
       bandwidth: bytes of main memory a second.
+      memory: bytes of main memory that a program may take.
+      link: bytes a second that one link to a neighbour carries one way; there are two links for each dimension of the
+        topology, of which those at its ends lead round where a dimension is a multiple of ``ring``.
     """
 
     topology: str
     clock: float
     flops: int
     bandwidth: float
+    memory: int
+    link: float
+    ring: int
 
 
+GIB = 2**30
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 1.05e9, 262_144, 1228e9),
-    "v5e": Chip("v5e:1x1", 1.50e9, 131_072, 819e9),
-    "v5e-4": Chip("v5e:2x2", 1.50e9, 131_072, 819e9),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 262_144, 2765e9),
-    "v6e": Chip("v6e:1x1", 1.75e9, 524_288, 1640e9),
-    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 524_288, 3690e9),
+    "v4": Chip("v4:2x2x1", 1.05e9, 262_144, 1228e9, int(30.5 * GIB), 50e9, 4),
+    "v5e": Chip("v5e:1x1", 1.50e9, 131_072, 819e9, int(15.75 * GIB), 50e9, 16),
+    "v5e-4": Chip("v5e:2x2", 1.50e9, 131_072, 819e9, int(15.75 * GIB), 50e9, 16),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 262_144, 2765e9, int(95.73 * GIB), 100e9, 4),
+    "v6e": Chip("v6e:1x1", 1.75e9, 524_288, 1640e9, int(31.24 * GIB), 100e9, 16),
+    "tpu7x": Chip("tpu7x:2x2x1", 1.9e9, 524_288, 3690e9, int(189.48 * GIB), 100e9, 4),
 }
-"""Figures of v5e and v6e were checked against compiled matrix products; the others are the published ones."""
+"""Clocks and operations of v5e and v6e were checked against compiled matrix products; the others, bandwidths and links
+are those of https://cloud.google.com/tpu/docs (a chip's interconnect over its ports and directions). Memory is what the
+compiler says is there when it refuses a program."""
 
 
-ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""Settings with which `libtpu` looks for no TPU, and lets other processes compile at the same time."""
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+"""Settings with which `libtpu` looks for no TPU (the last two keep it from complaining that there is none), and lets
+other processes compile at the same time."""
 
 
 def devices(chip: str):
@@ -65,9 +80,18 @@ def devices(chip: str):
     """
     if chip not in CHIPS:
         raise ValueError(f"no chip {chip!r}; there are {', '.join(CHIPS)}")
+    return topology_devices(CHIPS[chip].topology)
+
+
+def topology_devices(topology: str):
+    """The devices of a topology, "v5e:2x4" say, in the order in which JAX would list them.
+
+    Raises:
+      RuntimeError: `libtpu` is not installed, or knows no such topology.
+    """
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def compile_for(chip: str, function, args, *, donate=()):

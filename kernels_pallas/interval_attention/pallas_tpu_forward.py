@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import costs
 from kernels_pallas.tpu_tiles import LOWEST, Across, Blocks, Down, Problem, Refs, scratch_shapes, visit
 
 __all__ = ["forward_kernel"]
@@ -211,6 +212,9 @@ def forward_kernel(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem,
+        ),
+        cost_estimate=costs.dense_attention(
+            jax.ShapeDtypeStruct((B, T, N, head_dim), q.dtype), jax.ShapeDtypeStruct((B, S, K, head_dim), k.dtype)
         ),
         interpret=interpret,
         name="interval_attention",

@@ -24,6 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import costs
+from kernels_pallas.main_memory import stay_in_main_memory
 from kernels_pallas.pages import LANES, join
 
 DTYPES = ("bfloat16", "float32")
@@ -72,8 +74,8 @@ def kv_write(pages, k, v, slots, *, interpret=False, measured=None):
 
 
 def _write(pages, k, v, slots, *, interpret, measured):
-    P, K, page_size, W = pages.shape
-    if not len(slots):
+    (P, K, page_size, W), T = pages.shape, len(slots)
+    if not T:
         return pages
     tile = 32 // pages.dtype.itemsize
     # float32 holds either dtype, and its rows can be loaded with a stride.
@@ -97,9 +99,10 @@ def _write(pages, k, v, slots, *, interpret, measured):
             ],
         ),
         input_output_aliases={len(order) + 1: 0},
+        cost_estimate=costs.kv_write(pages, T),
         interpret=interpret,
         name="kv_write",
-    )(*order, rows, pages)
+    )(*order, rows, stay_in_main_memory(pages, unless=bool(interpret) or measured is not None))
 
 
 def _order(slots, capacity: int, tile: int) -> _Order:

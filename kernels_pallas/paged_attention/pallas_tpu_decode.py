@@ -31,6 +31,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import costs
+from kernels_pallas.main_memory import stay_in_main_memory
+
 LOWEST = -1e30
 """Score of a key that a row does not see: finite, so that differences of two make no NaN."""
 LOG2_E = math.log2(math.e)
@@ -200,9 +203,15 @@ def _call(q, pages, block_tables, request, kv_start, kv_stop, *, scale, soft_cap
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=costs.paged_decode(q, pages, plan.table_width),
         interpret=interpret,
         name="paged_attention_decode",
-    )(block_tables.reshape(-1), *rows, padded, pages)
+    )(
+        block_tables.reshape(-1),
+        *rows,
+        padded,
+        stay_in_main_memory(pages, unless=bool(interpret) or measured is not None),
+    )
     column = pages.shape[3] // 2 if plan.value_column == 0 else 0
     return out[:D, :, :G, column : column + H].reshape(D, N, H)
 

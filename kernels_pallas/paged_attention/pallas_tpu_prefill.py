@@ -29,6 +29,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import costs
+from kernels_pallas.main_memory import stay_in_main_memory
 from kernels_pallas.paged_attention.pallas_tpu_decode import TABLE_WORDS, check
 from kernels_pallas.tpu_tiles import LANES, LOWEST, Across, Blocks, Down, Problem, Refs, scratch_shapes, visit
 
@@ -503,6 +505,19 @@ def _call(plan: _Plan, q, pages, block_tables, segments: _Segments, start, stop,
             vmem_limit_bytes=vmem * 6 // 5,
             disable_bounds_checks=True,  # of copies: 8% where pages hold 16 keys, and block tables are checked
         ),
+        cost_estimate=costs.paged_prefill(
+            jax.ShapeDtypeStruct((len(q), q.shape[1] // problem.head_dim, problem.head_dim), q.dtype),
+            pages,
+            len(block_tables),
+            plan.table_width,
+        ),
         interpret=interpret,
         name="paged_attention_prefill",
-    )(*segments, tables, start.reshape(split), stop.reshape(split), q, pages)
+    )(
+        *segments,
+        tables,
+        start.reshape(split),
+        stop.reshape(split),
+        q,
+        stay_in_main_memory(pages, unless=bool(interpret) or known is not None),
+    )

@@ -52,22 +52,22 @@ def plan(*chunks, images=(), num_steps=1):
 PLANS = [plan(("a", 0, 8, 5), ("b", 0, 4, 6), images=["dog"]), plan(("b", 4, 8, 6)), plan(("a", 8, 9, 5), num_steps=4)]
 
 
-def run(*of_processes, texts=None, patience=5.0, stop_at=None):
-    """What became of each process: "done", or its error; and at which steps each saw a stop."""
+def run(*of_processes, texts=None, patience=5.0, ask_at=None):
+    """What became of each process: "done", or its error; and what each had been asked for after each step."""
     texts = texts or Texts()
 
     def process(index):
         lockstep = Lockstep(texts, "r", processes=range(len(of_processes)), process=index, patience=patience)
-        stops = []
+        asked = []
         for step, planned in enumerate(of_processes[index]):
-            if stop_at == (index, step):
-                lockstep.ask_for_stop()
+            if ask_at == (index, step):
+                lockstep.ask(2)
             try:
                 lockstep.agree(planned)
             except LockstepError as error:
-                return str(error), stops
-            stops.append(lockstep.stops)
-        return "done", stops
+                return str(error), asked
+            asked.append(lockstep.asked)
+        return "done", asked
 
     with ThreadPoolExecutor(len(of_processes)) as pool:
         return list(pool.map(process, range(len(of_processes))))
@@ -115,9 +115,9 @@ def test_a_process_that_ended_early_is_missed():
     assert time.monotonic() - begin < 5
 
 
-def test_a_stop_is_seen_by_all_at_the_same_step():
-    for stop_at in ((0, 1), (1, 1), (2, 1)):
-        assert [stops for _, stops in run(PLANS, PLANS, PLANS, stop_at=stop_at)] == [[False, True, True]] * 3
+def test_what_one_asks_for_all_learn_at_the_same_step():
+    for ask_at in ((0, 1), (1, 1), (2, 1)):
+        assert [asked for _, asked in run(PLANS, PLANS, PLANS, ask_at=ask_at)] == [[0, 2, 2]] * 3
 
 
 def test_options_that_differ_are_told_before_the_first_step():
@@ -133,5 +133,12 @@ def test_options_that_differ_are_told_before_the_first_step():
             differ[1].result()
 
 
-def test_the_first_process_leads():
-    assert [Lockstep(Texts(), "r", processes=(2, 3), process=index).leads for index in (2, 3)] == [True, False]
+def test_the_first_process_leads_and_tells():
+    texts = Texts()
+    first, second = (Lockstep(texts, "r", processes=(2, 3), process=index, patience=0.1) for index in (2, 3))
+    assert (first.leads, second.leads) == (True, False)
+    with pytest.raises(LockstepError, match="process 2 did not come to the parts within"):
+        second.told("the parts")
+    first.told("the parts", "too late")
+    assert first.told("the parts", "0, 1") == "0, 1"
+    assert second.told("the parts") == "0, 1"

@@ -1,0 +1,439 @@
+"""Compiles a model's programs for devices that need not be there, and works out what they take and give."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aphrodite_jax.config import EngineConfig, ModelConfig
+from aphrodite_jax.engine.profiling import media_shapes, media_tokens_per_prompt
+from aphrodite_jax.errors import ConfigError
+from aphrodite_jax.executor import memory
+from aphrodite_jax.executor.model_programs import DeviceArrays, ModelPrograms, device_bytes, prefill_tokens
+from aphrodite_jax.executor.programs import CompileJob, Programs
+from aphrodite_jax.modeling.sharding import MODEL
+from aphrodite_jax.planning.advice import Needs, remedies
+from aphrodite_jax.planning.floors import Floor, all_gather_bytes, all_reduce_bytes, floor_of
+from aphrodite_jax.planning.kernel_estimates import TILE, KernelEstimate, estimate_attention
+from aphrodite_jax.planning.report import Estimates, Memory, Plan, ProgramFigures, Throughput
+from aphrodite_jax.planning.shapes import model_on, whole_model
+from aphrodite_jax.planning.targets import Target
+from aphrodite_jax.planning.workload import Workload, usual_image
+from kernels_pallas import costs
+
+__all__ = ["make_plan"]
+
+NO_PREFETCH = {"xla_msa_max_outstanding_prefetches": "0"}
+"""With it XLA copies no weight to VMEM ahead of its use, which its count of bytes would have twice."""
+
+
+def make_plan(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    target: Target,
+    workload: Workload | None = None,
+    *,
+    estimate_kernels: bool = True,
+    price_per_hour: float | None = None,
+    export: bool = False,
+) -> Plan:
+    """What the model takes on ``target``, and what it gives at most; nothing runs but compilers.
+
+    Args:
+      model_config: of a model whose weights need not be there.
+      engine_config: ``tensor_parallel_size`` devices hold one copy of the model; they must divide those of the target,
+        which holds as many copies as it has room for.
+      workload: None takes the default.
+      estimate_kernels: whether to have the compiler estimate the attention kernels, each in a process of its own.
+      price_per_hour: of all of the target, in any currency.
+      export: compile every program and keep it in ``engine_config.programs_dir``.
+
+    Raises:
+      ConfigError: an option, a config or a missing file with which nothing could be planned.
+    """
+    planner = _Planner(model_config, engine_config, target, workload or Workload())
+    return planner.plan(estimate_kernels=estimate_kernels, price_per_hour=price_per_hour, export=export)
+
+
+class _DoesNotFit(Exception):
+    """Why, in words."""
+
+
+class _Planner:
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, target: Target, workload: Workload):
+        devices = engine_config.tensor_parallel_size
+        if len(target.devices) % devices:
+            raise ConfigError(
+                f"tensor_parallel_size {devices} does not divide the {len(target.devices)} devices of {target.name}"
+            )
+        self._began = time.perf_counter()
+        self._model_config, self._engine_config = model_config, engine_config
+        self._target, self._devices = target, devices
+        self._model = whole_model(model_config)
+        self._image = usual_image(model_config, workload.image_size)
+        self._workload = self._settle(workload)
+        self._mesh = Mesh(np.array(target.devices[:devices]), (MODEL,))
+        media_budget = media_tokens_per_prompt(model_config)
+        self._made = ModelPrograms(
+            model_on(self._model, self._mesh, engine_config.encoder_parallel),
+            model_config,
+            engine_config,
+            media_budget=media_budget,
+            max_num_batched_tokens=prefill_tokens(model_config, engine_config, media_budget),
+            media_shapes=functools.partial(media_shapes, model_config),
+            mesh=self._mesh,
+            platform=target.platform,
+        )
+        self._limit = int(target.memory * engine_config.memory_fraction)
+        self._figures: list[ProgramFigures] = []
+
+    def plan(self, *, estimate_kernels: bool, price_per_hour: float | None, export: bool) -> Plan:
+        made = self._made
+        one = made.arrays(1)
+        common: dict[str, Any] = dict(
+            model=self._model_config.model,
+            topology=self._target.name,
+            device_kind=self._target.devices[0].device_kind,
+            num_devices=len(self._target.devices),
+            tensor_parallel_size=self._devices,
+            data_parallel_size=len(self._target.devices) // self._devices,
+            dtype=str(made.dtype),
+            max_model_len=made.context_length,
+            max_num_seqs=made.num_slots,
+            workload=self._workload,
+            image_tokens=None if self._image is None else self._image.tokens,
+        )
+        try:
+            planned = self._compile_planned(one)
+            num_pages = self._num_pages(planned)
+            arrays = made.arrays(num_pages)
+            real = self._compile_real(arrays, export)
+        except _DoesNotFit as reason:
+            return Plan(
+                **common,
+                fits=False,
+                reason=str(reason),
+                remedies=remedies(self._needs(), self._target, str(made.dtype)),
+                memory=self._memory(one, 0, 0),
+                programs=tuple(self._figures),
+                seconds=time.perf_counter() - self._began,
+            )
+        code = memory.code_of_all(made.representatives(one), planned)
+        figures = self._memory(arrays, num_pages, code)
+        self._check_workload(figures)
+        estimates = self._estimates(arrays, planned, real, estimate_kernels)
+        throughput = self._throughput(estimates, price_per_hour)
+        return Plan(
+            **common,
+            fits=True,
+            memory=figures,
+            programs=tuple(self._figures),
+            estimates=estimates,
+            throughput=throughput,
+            seconds=time.perf_counter() - self._began,
+        )
+
+    def _settle(self, workload: Workload) -> Workload:
+        """The workload with its defaults filled in."""
+        images = workload.images_per_prompt
+        if self._image is None and images:
+            raise ConfigError(f"images_per_prompt is {images}, but the model takes no images")
+        if images is None:
+            images = int(self._image is not None)
+        limit = self._model_config.limit_for("image")
+        if images > limit:
+            raise ConfigError(f"images_per_prompt {images} is above limit_mm_per_prompt, {limit} for images")
+        requests = workload.requests or self._engine_config.max_num_seqs
+        if requests > self._engine_config.max_num_seqs:
+            raise ConfigError(
+                f"{requests} requests at a time are above max_num_seqs {self._engine_config.max_num_seqs}"
+            )
+        settled = dataclasses.replace(workload, requests=requests, images_per_prompt=images)
+        length = self._prompt_length(settled) + settled.output_tokens
+        if length > self._model_config.context_length:
+            raise ConfigError(
+                f"a request of the plan has {length} tokens, above max_model_len {self._model_config.context_length}: "
+                "plan for fewer tokens or smaller images, or raise max_model_len"
+            )
+        return settled
+
+    def _prompt_length(self, workload: Workload) -> int:
+        image = 0 if self._image is None else self._image.tokens
+        return workload.prompt_tokens + (workload.images_per_prompt or 0) * image
+
+    # Compiling.
+
+    def _compile_planned(self, arrays: DeviceArrays) -> Programs:
+        """What the engine compiles at its start to know how much is left for pages."""
+        made = self._made
+        fixed = device_bytes(arrays.params) + device_bytes(arrays.encoder_cache)
+        if fixed > self._limit:
+            raise _DoesNotFit(
+                f"weights and encoder cache take {_gib(fixed)} of a device, of whose {_gib(self._target.memory)} "
+                f"{_gib(self._limit)} may be used"
+            )
+        return self._compile([x.job for x in made.representatives(arrays)], pages=1)
+
+    def _compile_real(self, arrays: DeviceArrays, export: bool) -> Programs:
+        made = self._made
+        if not export:
+            return self._compile(
+                [made.decode_job_of(arrays, self._decode_rows), made.forward_job_of(arrays, made.largest_forward)],
+                pages=arrays.num_pages,
+            )
+        saved = made.saved_programs(self._model_config, self._engine_config)
+        assert saved is not None, "programs_dir says where to export to"
+        return self._compile(made.all_jobs(arrays), pages=arrays.num_pages, saved=saved)
+
+    def _compile(self, jobs: list[CompileJob], *, pages: int, saved: Any = None) -> Programs:
+        programs = Programs("raise", self._mesh, saved)
+        try:
+            programs.compile(jobs, show_progress=self._engine_config.show_progress)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise _DoesNotFit(f"the compiler refuses a program: {_first_line(error)}") from error
+        for job in jobs:
+            self._figures.append(_figures(programs, job, pages))
+        return programs
+
+    @property
+    def _decode_rows(self) -> int:
+        return self._made.num_greedy_rows(self._workload.requests or 1)
+
+    # Memory.
+
+    def _num_pages(self, planned: Programs) -> int:
+        try:
+            return memory.plan_pages(self._made, self._engine_config, self._limit, planned)  # compiles nothing anew
+        except ConfigError as error:
+            used = memory.bytes_beside_pages(self._made, planned)
+            raise _DoesNotFit(
+                f"weights, encoder cache and programs take {_gib(used)} of the {_gib(self._limit)} of a device that "
+                f"may be used; {error}"
+            ) from error
+
+    def _memory(self, arrays: DeviceArrays, num_pages: int, code: int) -> Memory:
+        made = self._made
+        page = device_bytes(made.arrays(1).kv_caches)
+        temporary = max((x.temp_bytes for x in self._figures if x.name in ("forward", "encode")), default=0)
+        return Memory(
+            device=self._target.memory,
+            usable=self._limit,
+            weights=device_bytes(arrays.params),
+            encoder_cache=device_bytes(arrays.encoder_cache),
+            code=code,
+            temporary=temporary,
+            kv_pages=num_pages * page,
+            kv_bytes_per_token=page / made.page_size,
+            kv_tokens=num_pages * made.page_size,
+            full_requests=num_pages // made.max_pages,
+        )
+
+    def _needs(self) -> Needs:
+        made, config = self._made, self._engine_config
+        one = made.arrays(1)
+        found = self._figures
+        planned = len({x.name for x in found}) > 1
+        return Needs(
+            model=self._model,
+            model_config=self._model_config,
+            encoder_parallel=config.encoder_parallel,
+            devices=self._devices,
+            context_length=made.context_length,
+            page_size=made.page_size,
+            kv_shapes=tuple(type(self._model).kv_cache_shapes(self._model_config.hf_config)),
+            platform=self._target.platform,
+            itemsize=made.dtype.itemsize,
+            encoder_cache=device_bytes(one.encoder_cache),
+            programs=self._programs_bytes(one) if planned else None,
+            limit=self._limit,
+        )
+
+    def _programs_bytes(self, one: DeviceArrays) -> int:
+        counts = {x.job.name: x.count for x in self._made.representatives(one)}
+        code = sum(counts.get(x.name, 1) * x.code_bytes for x in self._figures)
+        return code + max(x.temp_bytes for x in self._figures)
+
+    def _check_workload(self, figures: Memory) -> None:
+        requests, length = self._workload.requests or 1, self._prompt_length(self._workload)
+        room = figures.kv_tokens // (length + self._workload.output_tokens)
+        if room < requests:
+            self._workload = dataclasses.replace(self._workload, requests=max(1, room))
+
+    # Estimates.
+
+    def _estimates(self, arrays: DeviceArrays, planned: Programs, real: Programs, kernels: bool) -> Estimates:
+        made, workload = self._made, self._workload
+        decode = real.get(made.decode_job_of(arrays, self._decode_rows))
+        forward = real.get(made.forward_job_of(arrays, made.largest_forward))
+        mean_keys = self._prompt_length(workload) + workload.output_tokens / 2
+        decode_floor, counted, shapes_keys = self._decode_floor(arrays, decode, mean_keys)
+        return Estimates(
+            decode=decode_floor,
+            decode_rows=self._decode_rows,
+            decode_keys=mean_keys,
+            decode_bytes_counted=counted,
+            decode_weights_read=_arguments(decode) - device_bytes(arrays.kv_caches),
+            decode_kv_read_counted=shapes_keys,
+            prefill=self._prefill_floor(arrays, forward),
+            prefill_tokens=made.largest_forward[1],
+            encode=self._encode_floor(planned) if self._image is not None else None,
+            encode_images=self._encode_count if self._image is not None else 0,
+            kernels=self._kernels() if kernels and self._target.platform == "tpu" else (),
+        )
+
+    def _decode_floor(self, arrays: DeviceArrays, program: Any, keys: float) -> tuple[Floor, float, float]:
+        """The floor, bytes as the compiler counts them, and those among them that are keys and values."""
+        made, rows = self._made, self._decode_rows
+        cost = self._count(made.decode_job_of(arrays, rows), program)
+        full = [costs.paged_decode(*x, made.max_pages) for x in self._attention(arrays, rows)]
+        usual = [costs.paged_decode(*x, made.max_pages, keys) for x in self._attention(arrays, rows)]
+        counted = cost["bytes accessed"]
+        is_tpu = self._target.platform == "tpu"  # elsewhere XLA counts no operation of kernels, and all of their pages
+        flops = cost["flops"] + sum(x.flops for x in usual) - is_tpu * sum(x.flops for x in full)
+        if is_tpu:
+            total = counted + sum(x.bytes_accessed for x in usual) - sum(x.bytes_accessed for x in full)
+        else:
+            total = _arguments(program) - device_bytes(arrays.kv_caches) + sum(x.bytes_accessed for x in usual)
+        floor = floor_of(self._target, bytes=total, flops=flops, sent=self._sent(rows, rows))
+        return floor, counted, sum(x.bytes_accessed for x in full)
+
+    def _count(self, job: CompileJob, program: Any) -> Mapping[str, float]:
+        """The compiler's count of operations and bytes, each byte once."""
+        if self._target.platform != "tpu":
+            return program.call.cost_analysis()
+        lowered = Programs("raise", self._mesh).lower(job)
+        return lowered.compile(compiler_options=NO_PREFETCH).cost_analysis()
+
+    def _prefill_floor(self, arrays: DeviceArrays, program: Any) -> Floor:
+        """Of the largest forward program, filled with prompts of the plan."""
+        made = self._made
+        num_decode, tokens, requests = made.largest_forward
+        length = self._prompt_length(self._workload)
+        prompts = max(1, tokens // length)
+        shapes, usual = 0.0, 0.0
+        needed = _arguments(program) - device_bytes(arrays.kv_caches)
+        for (q, pages), (q_decode, _) in zip(
+            self._attention(arrays, tokens), self._attention(arrays, num_decode), strict=True
+        ):
+            shapes += costs.paged_prefill(q, pages, requests, made.max_pages).flops
+            shapes += costs.paged_decode(q_decode, pages, made.max_pages).flops
+            cost = costs.paged_prefill(q, pages, prompts, made.max_pages, length / 2)
+            usual += cost.flops
+            needed += cost.bytes_accessed
+        flops = program.call.cost_analysis()["flops"] + usual - (self._target.platform == "tpu") * shapes
+        return floor_of(self._target, bytes=needed, flops=flops, sent=self._sent(num_decode + tokens, requests))
+
+    def _encode_floor(self, planned: Programs) -> Floor:
+        job = self._encode_job()
+        programs = planned if planned.has(job) else self._compile([job], pages=0)
+        program, made = programs.get(job), self._made
+        rows = len(job.args[3])
+        return floor_of(
+            self._target,
+            bytes=_arguments(program),
+            flops=program.call.cost_analysis()["flops"],
+            sent=all_gather_bytes(rows * made.width * made.dtype.itemsize, self._devices),
+        )
+
+    @property
+    def _encode_count(self) -> int:
+        assert self._image is not None
+        images = (self._workload.requests or 1) * (self._workload.images_per_prompt or 1)
+        return self._made.encode_part(self._image.shapes, images)
+
+    def _encode_job(self) -> CompileJob:
+        assert self._image is not None
+        return self._made.encode_job_of(self._made.arrays(1), self._image.shapes, self._encode_count)
+
+    def _attention(self, arrays: DeviceArrays, rows: int) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+        """Queries and pages of each layer on one device."""
+        made = self._made
+        heads = self._model_config.hf_text_config.num_attention_heads // self._devices
+        found = []
+        for pages, (_, head_dim) in zip(arrays.kv_caches, made.kv_shapes, strict=True):
+            local = jax.ShapeDtypeStruct(pages.sharding.shard_shape(pages.shape), pages.dtype)
+            found.append((jax.ShapeDtypeStruct((rows, heads, head_dim), made.dtype), local))
+        return found
+
+    def _sent(self, rows: int, logits: int) -> float:
+        """What a run of the decoder sends: two sums a layer and one behind the embedding, and parts of the logits."""
+        made = self._made
+        width = self._model_config.hf_text_config.hidden_size * made.dtype.itemsize
+        sums = (2 * made.num_layers + 1) * all_reduce_bytes(rows * width, self._devices)
+        return sums + all_gather_bytes(logits * made.vocab_size * 4, self._devices)
+
+    def _kernels(self) -> tuple[KernelEstimate, ...]:
+        made, workload = self._made, self._workload
+        kv_heads, head_dim = made.kv_shapes[0]
+        sizes: dict[str, Any] = dict(
+            page_size=made.page_size,
+            heads=self._model_config.hf_text_config.num_attention_heads // self._devices,
+            kv_heads=kv_heads // self._devices,
+            head_dim=head_dim,
+        )
+        length = self._prompt_length(workload)
+        tokens = made.largest_forward[1]
+        rows = min(-(-length // TILE) * TILE, tokens // TILE * TILE)
+        decode = [(length + workload.output_tokens // 2, 1)] * self._decode_rows
+        prefill = [(rows, rows)] * max(1, tokens // rows)
+        return tuple(estimate_attention(self._target, requests=x, **sizes) for x in (decode, prefill))
+
+    def _throughput(self, estimates: Estimates, price_per_hour: float | None) -> Throughput:
+        """At the floors: requests of a round are encoded, then computed, then answered token by token."""
+        workload, copies = self._workload, len(self._target.devices) // self._devices
+        requests, images = workload.requests or 1, workload.images_per_prompt or 0
+        encode = 0.0
+        if estimates.encode is not None and images:
+            encode = math.ceil(requests * images / estimates.encode_images) * estimates.encode.seconds
+        tokens = requests * self._prompt_length(workload)
+        prefill = tokens / estimates.prefill_tokens * estimates.prefill.seconds
+        decode = workload.output_tokens * estimates.decode.seconds
+        seconds = encode + prefill + decode
+        images_per_second = copies * requests * images / seconds
+        cost = None
+        if price_per_hour is not None and images_per_second:
+            cost = 1e6 / images_per_second / 3600 * price_per_hour
+        return Throughput(
+            encode_seconds=encode,
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            images_per_second=images_per_second,
+            output_tokens_per_second=copies * requests * workload.output_tokens / seconds,
+            price_per_hour=price_per_hour,
+            cost_per_million_images=cost,
+        )
+
+
+def _figures(programs: Programs, job: CompileJob, pages: int) -> ProgramFigures:
+    program = programs.get(job)
+    analysis = program.call.memory_analysis()
+    return ProgramFigures(
+        name=job.name,
+        bucket=str(job.key),
+        pages=pages,
+        seconds=program.seconds,
+        temp_bytes=program.temp_bytes,
+        code_bytes=program.code_bytes,
+        argument_bytes=analysis.argument_size_in_bytes,
+        output_bytes=analysis.output_size_in_bytes,
+    )
+
+
+def _arguments(program: Any) -> int:
+    return program.call.memory_analysis().argument_size_in_bytes
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
