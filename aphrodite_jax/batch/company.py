@@ -79,8 +79,7 @@ class Company:
         if self.leads:
             try:
                 work = self._job.take(unit)
-                rows = range(unit.first_row, unit.first_row + unit.num_rows)
-                text = DONE if work is None else json.dumps([(x, work.is_answered(x)) for x in rows if work.has(x)])
+                text = DONE if work is None else json.dumps(list(work.settled()))
             except OutputHeld:
                 text = HELD
         text = self._lockstep.told(what, text)

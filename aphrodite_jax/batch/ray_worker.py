@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -44,6 +45,7 @@ def _first_host(options: RayOptions) -> PlacementGroupSchedulingStrategy:
 
         version, _, topology = options.tpu_slice.partition(":")
         group = slice_placement_group(topology, version).placement_group
+        assert group is not None, "of one slice"
     else:
         group = placement_group([dict(options.resources)] * options.hosts, strategy="PACK")
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
@@ -145,7 +147,7 @@ class _Watched:
         while not self._is_set.wait(_POLL):
             try:
                 seen = ray.get(self._flag.is_set.remote())
-            except ray.exceptions.RayError:  # whoever started this job is gone, and with it the reason to go on
+            except RayError:  # whoever started this job is gone, and with it the reason to go on
                 seen = True
             if seen:
                 self._is_set.set()

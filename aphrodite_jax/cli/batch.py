@@ -27,7 +27,8 @@ __all__ = ["add_options", "run"]
 _FORMS = ("jsonl", "folder", "parquet", "datasets", "webdataset")
 _COLUMNS = ("image", "prompt", "id")
 _OF_ROWS = ("prompt", "system", "temperature", "stop", *(f"{name}_column" for name in _COLUMNS))
-_OF_PARTS = ("rows_per_part", "worker", "max_failures")
+_OF_PARTS = ("rows_per_part", "worker", "max_failures", "processes", "engine")
+_OF_RAY = ("ray_workers", "ray_resources", "ray_hosts", "ray_slice", "ray_address")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rows-per-part", type=positive, metavar="N", help="rows of the input for each part (1024)")
     group.add_argument("--worker", type=_share, metavar="I/N", help="do the parts of worker I of N, from 0/N to N-1/N")
     group.add_argument("--max-failures", type=_count, metavar="N", help="stop when more than N rows have failed")
+    group = parser.add_argument_group("several machines, for a directory of parts")
+    group.add_argument(
+        "--processes",
+        metavar="WHERE",
+        help="this is one of several processes of JAX, which all get this command: auto, where JAX finds the others by "
+        "itself, as on a TPU slice, or HOST:PORT,PROCESSES,INDEX",
+    )
+    group.add_argument("--engine", choices=["local", "ray"], help="ray shares the parts out among workers of a cluster")
+    group.add_argument("--ray-workers", type=positive, metavar="N", help="models in all (1)")
+    group.add_argument("--ray-resources", type=_amounts, metavar="R=N,...", help="of a worker's host: CPU=1, or TPU=4")
+    group.add_argument("--ray-hosts", type=positive, metavar="N", help="hosts that each model is divided over (1)")
+    group.add_argument("--ray-slice", metavar="V:TOPOLOGY", help="a TPU slice for each model, v5e:4x4 say")
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a cluster; RAY_ADDRESS, or one of this machine alone"
+    )
     group = parser.add_argument_group("rows that are no OpenAI requests")
-    group.add_argument("--prompt", metavar="TEXT", help="what to ask of every row that has no prompt of its own")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="what to ask of every row; with --prompt-column, of rows without"
+    )
     group.add_argument("--system", metavar="TEXT", help="a system message")
     for name in _COLUMNS:
         group.add_argument(f"--{name}-column", metavar="NAME", help=f"where a row has its {name}")
@@ -68,6 +86,14 @@ def _share(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _amounts(text: str) -> dict[str, float]:
+    try:
+        pairs = [item.split("=") for item in text.split(",")]
+        return {name.strip(): float(amount) for name, amount in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like CPU=1 or TPU=4,CPU=8, got {text!r}") from None
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number of rows, got {text!r}")
@@ -76,7 +102,14 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Answer what is unanswered."""
-    return _run_file(args) if _is_one_file(args) else _run_parts(args)
+    if _is_one_file(args):
+        return _run_file(args)
+    on_ray = getattr(args, "engine", "local") == "ray"
+    for name in ("processes", "worker") if on_ray else _OF_RAY:
+        if hasattr(args, name):
+            needs = "goes without --engine ray, which places workers itself" if on_ray else "needs --engine ray"
+            args.usage_error(f"--{name.replace('_', '-')} {needs}")
+    return _run_on_ray(args) if on_ray else _run_parts(args)
 
 
 def _is_one_file(args: argparse.Namespace) -> bool:
@@ -139,39 +172,86 @@ def _run_parts(args: argparse.Namespace) -> int:
     from aphrodite_jax.batch import open_parts, run_parts
     from aphrodite_jax.batch.parts import PartsReport
     from aphrodite_jax.batch.preemption import Preemption
+    from aphrodite_jax.executor.processes import initialize
 
+    llm, index, count, leads = None, *getattr(args, "worker", (0, 1)), True
     with Preemption() as stop:
-        sampling_names = ("temperature", "stop", *(name for name, *_ in SAMPLING_OPTIONS))
-        job = open_parts(
-            args.input,
-            args.output,
-            model_config=_model_config(args),
-            form=getattr(args, "format", None),
-            prompt=getattr(args, "prompt", None),
-            system=getattr(args, "system", None),
-            columns={name: getattr(args, f"{name}_column") for name in _COLUMNS if hasattr(args, f"{name}_column")},
-            sampling={name: getattr(args, name) for name in sampling_names if hasattr(args, name)},
-            max_tokens=args.max_tokens,
-            served_model_names=tuple(args.served_model_name),
-            rows_per_part=getattr(args, "rows_per_part", None),
-        )
-        share = getattr(args, "worker", None)
-        indices = range(share[0], job.num_units, share[1]) if share else None
-        name = f"report-{share[0]}-of-{share[1]}" if share else "report"
-        job.write_report(None, name)
+        if hasattr(args, "processes"):
+            initialize(args.processes)
+        job = open_parts(**_job_options(args), model_config=_model_config(args))
+        if hasattr(args, "processes"):  # which parts are this process's, its devices tell
+            llm = _load(args)
+            share, shares = llm.engine.share_of_work
+            index, count = index * shares + share, count * shares
+            leads = llm.engine.lockstep is None or llm.engine.lockstep.leads
+        indices = range(index, job.num_units, count) if count > 1 else None
+        name = f"report-{index}-of-{count}" if count > 1 else "report"
+        if leads:
+            job.write_report(None, name)
         standing = job.standing(indices)
-        if standing.is_complete:
+        if llm is None and standing.is_complete:
             report = PartsReport.of_nothing_left(standing)
         else:
-            llm = _load(args)
+            llm = llm or _load(args)
             with stop.rows_run():
-                report = run_parts(llm, job, indices, stop=stop, max_failures=getattr(args, "max_failures", None))
+                report = run_parts(
+                    llm, job, indices, stop=stop, max_failures=getattr(args, "max_failures", None), show_progress=leads
+                )
             print_stats(args, llm)
+        if leads:
+            complete = job.finish()
+            job.write_report(report, name)
+            print(_summary(args.output, report, complete), file=sys.stderr)
+    return _status(report, stop)
+
+
+def _run_on_ray(args: argparse.Namespace) -> int:
+    from aphrodite_jax.batch import open_parts
+    from aphrodite_jax.batch.on_ray import RayOptions, run_on_ray
+    from aphrodite_jax.batch.preemption import Preemption
+
+    given = {name.removeprefix("ray_"): getattr(args, name) for name in _OF_RAY if hasattr(args, name)}
+    if "slice" in given:
+        given["tpu_slice"] = given.pop("slice")
+    options = RayOptions(**given)
+    llm_options = {
+        "model": args.model,
+        "max_num_seqs": args.max_num_seqs,
+        "show_progress": False,
+        **model_options(args),
+    }
+    with Preemption() as stop:
+        job = open_parts(**_job_options(args), model_config=_model_config(args))
+        job.write_report(None)
+        with stop.rows_run():
+            max_failures = getattr(args, "max_failures", None)
+            report = run_on_ray(_job_options(args), llm_options, options, stop=stop, max_failures=max_failures)
         complete = job.finish()
-        job.write_report(report, name)
+        job.write_report(report)
     print(_summary(args.output, report, complete), file=sys.stderr)
+    return _status(report, stop)
+
+
+def _job_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `open_parts` but for the model."""
+    sampling_names = ("temperature", "stop", *(name for name, *_ in SAMPLING_OPTIONS))
+    return {
+        "input_path": args.input,
+        "output_path": args.output,
+        "form": getattr(args, "format", None),
+        "prompt": getattr(args, "prompt", None),
+        "system": getattr(args, "system", None),
+        "columns": {name: getattr(args, f"{name}_column") for name in _COLUMNS if hasattr(args, f"{name}_column")},
+        "sampling": {name: getattr(args, name) for name in sampling_names if hasattr(args, name)},
+        "max_tokens": args.max_tokens,
+        "served_model_names": tuple(args.served_model_name),
+        "rows_per_part": getattr(args, "rows_per_part", None),
+    }
+
+
+def _status(report: Any, stop: Any) -> int:
     if report.stopped:
-        return stop.status
+        return stop.status if stop.is_set() else 143  # another process was told to
     if report.held:
         return 4
     return 3 if report.failed else 0

@@ -393,7 +393,7 @@ class AphroditeEngine:
     def _make_replicas(self, media_budget: int) -> tuple[Replica, ...]:
         """The model on each row of the mesh that this process serves, its programs compiled if they are to be."""
         config = self.engine_config
-        model = load_model(self.model_config, self._mesh)
+        model = load_model(self.model_config, self._mesh, config.encoder_parallel)
         replicas = []
         for row in replica_meshes(self._mesh):
             runner = ModelRunner(

@@ -140,7 +140,7 @@ def identity(
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "device": device.device_kind,
-        "mesh": "{}" if mesh is None else str(dict(mesh.shape)),
+        "mesh": "{}" if mesh is None else f"{dict(mesh.shape)} of {[device.id for device in mesh.devices.flat]}",
         "model": f"{model_cls.__qualname__} {_digest(model_config.hf_config.to_json_string())}",
         "dtype": str(dtype),
         "options": str((engine_config.max_num_seqs, engine_config.page_size, engine_config.encoder_parallel)),
