@@ -162,4 +162,4 @@ for ax, index in zip(axes.flat, range(20, 30), strict=True):
 plt.show()
 
 # %% [markdown]
-# [Batch jobs](https://github.com/aphrodite-jax/aphrodite_jax/blob/main/docs/batch.md) has the options, and what each exit status means.
+# [Batch jobs](https://github.com/aphrodite-jax/aphrodite_jax/blob/main/docs/batch_jobs.md) has the options, and what each exit status means.

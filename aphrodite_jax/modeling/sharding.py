@@ -178,8 +178,10 @@ def parameter_shardings(
       encoder_parallel: one of `ENCODER_PARALLEL`; with "items" what encodes media lies whole.
 
     Raises:
-      ConfigError: as `axes_of_parameters`.
+      ConfigError: as `axes_of_parameters`; or another ``encoder_parallel``.
     """
+    if encoder_parallel not in ENCODER_PARALLEL:
+        raise ConfigError(f"encoder_parallel is one of {', '.join(ENCODER_PARALLEL)}, got {encoder_parallel!r}")
     devices = mesh.shape[MODEL]
     modules = dict(nnx.iter_modules(model))
     shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(nnx.state(model))}

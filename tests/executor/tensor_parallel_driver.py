@@ -8,7 +8,6 @@ and values.
 
 # ruff: noqa: E402 - XLA reads its flags when jax starts
 import collections
-import functools
 import importlib.metadata
 import json
 import os
@@ -34,8 +33,7 @@ from golden_files import read_golden
 from PIL import Image
 
 from aphrodite_jax import LLM, SamplingParams
-from aphrodite_jax.engine import aphrodite_engine
-from aphrodite_jax.modeling.loader import load_model, save_pretrained
+from aphrodite_jax.modeling.loader import save_pretrained
 from aphrodite_jax.multimodal.context import class_of_config
 from aphrodite_jax.testing import tiny_models
 from aphrodite_jax.testing.tokenizers import byte_tokenizer
@@ -84,7 +82,6 @@ def prompt_for(placeholders: dict[str, int]) -> dict:
 
 
 def open_model(directory: Path, prompt: dict, devices: int, encoder_parallel: str) -> LLM:
-    aphrodite_engine.load_model = functools.partial(load_model, encoder_parallel=encoder_parallel)
     return LLM(
         directory,
         dtype="float32",

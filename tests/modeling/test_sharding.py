@@ -85,6 +85,8 @@ def test_what_encodes_media_lies_whole_or_is_divided(llava):
     assert {path for path in by_items if by_items[path] != by_weights[path]} >= matrices.keys()
     assert all(by_items[path] == by_weights[path] for path in by_items if path[0] == "language_model")
     assert all(set(by_items[path].spec) == {None} for path in by_items if path[0] != "language_model")
+    with pytest.raises(ConfigError, match="encoder_parallel is one of items, weights, got 'both'"):
+        parameter_shardings(llava, mesh, "both")
 
 
 @pytest.mark.parametrize("name", ["phi3", "qwen3"])
