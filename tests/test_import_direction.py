@@ -16,7 +16,8 @@ ENGINE = EXECUTOR | {"engine"}
 INSPECTION = ENGINE | {"inspection"}
 LLM = INSPECTION | {"llm"}
 BATCH = LLM | {"batch"}
-CLI = BATCH | {"cli", "aphrodite_jax"}
+PLANNING = ENGINE | {"planning"}
+CLI = BATCH | PLANNING | {"cli", "aphrodite_jax"}
 TESTING = ENGINE | {"testing"}
 
 MAY_IMPORT = {
@@ -36,6 +37,7 @@ MAY_IMPORT = {
     "inspection": INSPECTION,
     "llm": LLM,
     "batch": BATCH,
+    "planning": PLANNING,
     "tuning": MODELING | {"engine", "tuning"},
     "cli": CLI,
     "testing": TESTING,

@@ -2,8 +2,8 @@
 
 python tensor_parallel_driver.py NAME:DEVICES:ENCODER_PARALLEL ...
 
-NAME is one of `aphrodite_jax.testing.tiny_models`, or the golden of a text model. All have eight heads, and two of keys
-and values.
+DEVICES is how many a model is divided over, or 2x4, say, for two copies, each on four. NAME is one of
+`aphrodite_jax.testing.tiny_models`, or the golden of a text model. All have eight heads, and two of keys and values.
 """
 
 # ruff: noqa: E402 - XLA reads its flags when jax starts
@@ -81,12 +81,14 @@ def prompt_for(placeholders: dict[str, int]) -> dict:
     return {"prompt_token_ids": token_ids, "multi_modal_data": media}
 
 
-def open_model(directory: Path, prompt: dict, devices: int, encoder_parallel: str) -> LLM:
+def open_model(directory: Path, prompt: dict, devices: str, encoder_parallel: str) -> LLM:
+    copies, _, each = devices.rpartition("x")
     return LLM(
         directory,
         dtype="float32",
         limit_mm_per_prompt={modality: len(items) for modality, items in prompt["multi_modal_data"].items()},
-        tensor_parallel_size=devices,
+        tensor_parallel_size=int(each),
+        data_parallel_size=int(copies or 1),
         encoder_parallel=encoder_parallel,
         max_num_seqs=1,
         compilation_cache_dir=None,
@@ -96,9 +98,13 @@ def open_model(directory: Path, prompt: dict, devices: int, encoder_parallel: st
 
 
 def answer(llm: LLM, prompt: dict) -> list[int]:
+    """To the prompt, by each copy of the model; those of the others follow where they differ from the first's."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
-    [output] = llm.generate([prompt], params, on_error="raise", use_tqdm=False)
-    return list(output.outputs[0].token_ids)
+    copies = llm.engine.replicas
+    outputs = llm.generate([prompt] * len(copies), params, on_error="raise", use_tqdm=False)
+    assert all(copy.runner.programs.table() for copy in copies)
+    answers = {output.outputs[0].token_ids for output in outputs}
+    return [token for answer in answers for token in answer]
 
 
 def hidden_states(llm: LLM, prompt: dict) -> np.ndarray:
@@ -108,7 +114,7 @@ def hidden_states(llm: LLM, prompt: dict) -> np.ndarray:
 def programs_of(llm: LLM) -> list[dict]:
     """Each program's name, and its collectives by kind: the shape of each array that they give."""
     told = []
-    for program in llm.engine.runner.programs.table():
+    for program in [x for copy in llm.engine.replicas for x in copy.runner.programs.table()]:
         found = collections.defaultdict(list)
         for arrays, kind in COLLECTIVE.findall(program.call.as_text()):
             found[kind] += [list(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", arrays)]
@@ -116,10 +122,10 @@ def programs_of(llm: LLM) -> list[dict]:
     return told
 
 
-def run(name: str, cases: list[tuple[int, str]]) -> dict:
+def run(name: str, cases: list[tuple[str, str]]) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         prompt = prompt_for(write_model(name, Path(directory)))
-        alone = open_model(Path(directory), prompt, 1, "items")
+        alone = open_model(Path(directory), prompt, "1", "items")
         expected, result = answer(alone, prompt), {}
         for devices, encoder_parallel in cases:
             llm = open_model(Path(directory), prompt, devices, encoder_parallel)
@@ -143,7 +149,7 @@ if __name__ == "__main__":
     results, by_name = {}, collections.defaultdict(list)
     for case in sys.argv[1:]:
         name, devices, encoder_parallel = case.split(":")
-        by_name[name].append((int(devices), encoder_parallel))
+        by_name[name].append((devices, encoder_parallel))
     for name, cases in by_name.items():
         results |= run(name, cases)
     print(json.dumps(results))

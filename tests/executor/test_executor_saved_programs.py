@@ -127,5 +127,5 @@ def test_a_file_that_was_cut_short_is_compiled_again(files, tmp_path):
 
 def test_a_directory_that_is_a_file_is_refused(files, tmp_path):
     (tmp_path / "programs").write_text("")
-    with pytest.raises(ConfigError, match="compiled programs can't be kept in .* set programs_dir"):
+    with pytest.raises(ConfigError, match=r"compiled programs can't be kept in .* set programs_dir"):
         start(files, tmp_path / "programs")

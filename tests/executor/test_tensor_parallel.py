@@ -48,11 +48,11 @@ TOWERS = {  # layers that run, and projectors of two matrices
 }
 if os.environ.get("EVERY_MESH"):
     ways = [(name, how) for name in MULTIMODAL for how in ("items", "weights")] + [(name, "items") for name in TEXT]
-    CASES = [f"{name}:{devices}:{how}" for name, how in ways for devices in (2, 4, 8)]
+    CASES = [f"{name}:{devices}:{how}" for name, how in ways for devices in (2, 4, 8, "2x4")]
 else:
     CASES = [f"{name}:{how}" for name in MULTIMODAL for how in ("2:weights", "8:items")]
     CASES += [f"{name}:{devices}:items" for name in TEXT for devices in ((2, 8) if name in ALONE else (8,))]
-    CASES += ["llava:4:items", "gemma3:4:weights"]
+    CASES += ["llava:4:items", "gemma3:2x4:weights"]
 WITH_MEDIA = [case for case in CASES if case.split(":")[0] in MULTIMODAL]
 
 
@@ -97,14 +97,15 @@ def test_two_sums_a_layer_and_one_for_the_embeddings(told, case):
 @pytest.mark.parametrize("case", WITH_MEDIA)
 def test_encoding_gathers_rows_of_items_or_sums_in_each_layer(told, case):
     name, devices, encoder_parallel = case.split(":")
+    devices = int(devices.rpartition("x")[2])
     for found in collectives(told, case, "encode"):
         if encoder_parallel == "items":
             assert found.keys() == {"all-gather"}
             [shape] = found["all-gather"]
-            assert shape[0] == max(2, int(devices))  # two images, or a video, filled up
+            assert shape[0] == max(2, devices)  # two images, or a video, filled up
         else:
             layers, projectors = TOWERS[name]
-            of_layer = 2 if int(devices) == 2 else 1  # towers have two heads: with more devices attention is whole
+            of_layer = 2 if devices == 2 else 1  # towers have two heads: with more devices attention is whole
             assert found.keys() == {"all-reduce"}
             assert len(found["all-reduce"]) == layers * of_layer + projectors
 
