@@ -111,8 +111,10 @@ def test_options_of_a_batch_reach_the_job(tmp_path, monkeypatch, capsys):
     options += ["--id-column", "name", "--top-p", "0.5", "--stop", "a", "--stop", "b", "--max-tokens", "9"]
     options += ["--rows-per-part", "7", "--served-model-name", "m"]
     assert json.loads(complaint(capsys, "batch", "table", "-o", "out", *options)) == [
-        ["table", "out"],
+        [],
         {
+            "input_path": "table",
+            "output_path": "out",
             "form": "parquet",
             "prompt": "what?",
             "system": "be short",

@@ -83,6 +83,10 @@ class OpenUnit:
         """Whether a row has come to its end."""
         return bool(self._begin[number - self.unit.first_row] >= 0)
 
+    def settled(self) -> Iterator[tuple[int, bool]]:
+        """Rows that have come to their end, in the order of the input, and whether each was answered."""
+        return ((line["row"], "record" in line) for line in self._lines())
+
     def append(self, rows: Sequence[SettledRow]) -> None:
         """Take in rows.
 

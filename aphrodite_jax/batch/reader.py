@@ -1,5 +1,7 @@
 """Rows of the units that a run takes, read in a thread ahead of the engine."""
 
+import collections
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -15,6 +17,8 @@ from aphrodite_jax.errors import BatchError
 
 __all__ = ["Held", "ReadRow", "RowReader", "Taken"]
 
+TOGETHER = 16
+"""Rows that are handed over together, which costs threads less than one by one."""
 MAX_OPEN_UNITS = 256
 """Units that are worked on at a time: each has an open file."""
 CLOSES_WITHIN = 2.0
@@ -45,6 +49,14 @@ class ReadRow:
     row: Row
 
 
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """Nothing follows."""
+
+
+_Item = Taken | Held | ReadRow | Exception | _End
+
+
 class RowReader:
     """Reads the rows of units that are not done, in the order of the input.
 
@@ -57,7 +69,8 @@ class RowReader:
 
     def __init__(self, job: PartsJob, indices: Container[int] | None, done: Container[int], ahead: int):
         self._job, self._indices, self._done = job, indices, done
-        self._queue: queue.Queue[Taken | Held | ReadRow | Exception | None] = queue.Queue(ahead)
+        self._queue: queue.Queue[list[_Item]] = queue.Queue(max(2, ahead // TOGETHER))
+        self._taken_over: collections.deque[_Item] = collections.deque()  # of the latest ones, those that are left
         self._places = threading.Semaphore(MAX_OPEN_UNITS)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read rows", daemon=True)
@@ -70,15 +83,17 @@ class RowReader:
         Raises:
           BatchError: the input or the output can't be used, and others as `Source.rows` raises them.
         """
-        if self.is_exhausted:
+        if not self._taken_over and not self.is_exhausted:
+            with contextlib.suppress(queue.Empty):
+                self._taken_over.extend(self._queue.get(block=timeout is not None, timeout=timeout))
+        if not self._taken_over:
             return None
-        try:
-            item = self._queue.get(block=timeout is not None, timeout=timeout)
-        except queue.Empty:
-            return None
-        self.is_exhausted = item is None
+        item = self._taken_over.popleft()
         if isinstance(item, Exception):
             raise item
+        if isinstance(item, _End):
+            self.is_exhausted = True
+            return None
         return item
 
     def release(self) -> None:
@@ -91,41 +106,42 @@ class RowReader:
         A read that takes longer than `CLOSES_WITHIN` is left to itself: it takes no unit any more.
         """
         self._closing.set()
-        left, until = [], time.monotonic() + CLOSES_WITHIN
+        items, until = list(self._taken_over), time.monotonic() + CLOSES_WITHIN
         while (self._thread.is_alive() and time.monotonic() < until) or not self._queue.empty():
-            try:
-                item = self._queue.get(timeout=0.01)
-            except queue.Empty:
-                continue
-            if isinstance(item, Taken):
-                left.append(item.work)
+            with contextlib.suppress(queue.Empty):
+                items += self._queue.get(timeout=0.01)
         self.is_exhausted = True
-        return left
+        return [item.work for item in items if isinstance(item, Taken)]
 
     def _run(self) -> None:
+        """Hand over what is read: one by one where it is waited for, and else some together."""
+        items: list[_Item] = []
         try:
             for item in self._items():
-                if not self._put(item):
-                    return
-            self._put(None)
+                if item is not None:
+                    items.append(item)
+                if item is None or len(items) == TOGETHER or self._queue.empty():
+                    self._put(items)
+                    items = []
+            items.append(_End())
         except Exception as error:  # raised where rows are taken over
-            self._put(error)
+            items.append(error)
+        self._put(items)
 
-    def _put(self, item: Taken | Held | ReadRow | Exception | None) -> bool:
-        """Hand over; False if nobody takes over any more. A unit is always handed over: somebody must close it."""
-        while isinstance(item, Taken) or not self._closing.is_set():
-            try:
-                self._queue.put(item, timeout=0.05)
-            except queue.Full:
-                continue
-            return not self._closing.is_set()
-        return False
+    def _put(self, items: list["_Item"]) -> None:
+        """Hand over, unless nobody wants rows any more; a unit is always handed over: somebody must close it."""
+        while items and (not self._closing.is_set() or any(isinstance(item, Taken) for item in items)):
+            with contextlib.suppress(queue.Full):
+                self._queue.put(items, timeout=0.05)
+                return
 
-    def _items(self) -> Iterator[Taken | Held | ReadRow]:
+    def _items(self) -> Iterator[Taken | Held | ReadRow | None]:
+        """What is handed over; None in front of what may take long for want of what was read."""
         for unit in self._job.units(self._indices):
             if unit.index in self._done:
                 continue
             while not self._places.acquire(timeout=0.05):
+                yield None
                 if self._closing.is_set():
                     return
             if self._closing.is_set():
@@ -143,6 +159,8 @@ class RowReader:
             yield Taken(work)
             if work.num_left:
                 for row in _rows(self._job.source, unit, self._closing):
+                    if self._closing.is_set():
+                        return
                     if not work.has(row.number):
                         yield ReadRow(work, row)
 

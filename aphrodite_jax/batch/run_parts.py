@@ -1,8 +1,9 @@
 """Rows of a job's parts through the engine.
 
 Rows of successive units flow into one engine without a gap. Threads prepare prompts ahead of the device; those that
-are ready make a window, whose prompts go to the engine sorted by shape while the next are prepared. What is answered
-goes to the journals of the units after each step, and a unit without rows left is put in place by a thread.
+are ready make a window, whose prompts go to the engine sorted by shape while the next are prepared. What came to its
+end in a step is written while the device runs the next: a thread of its own adds it to the journals of the units, and
+puts units in place that have no rows left.
 """
 
 import collections
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,8 +41,8 @@ WINDOW_BYTES = 512 * 2**20
 """Bytes of media that prepared prompts may hold in all, but for those of the requests that one step can take."""
 STOPS_WITHIN = 25.0
 """Seconds for rows that run when the run is told to stop."""
-_PUT_AHEAD = 4
-"""Units that may wait for being put in place."""
+WRITES_AHEAD = 64
+"""Steps whose rows may wait for being written."""
 _POLL = 0.05
 
 
@@ -99,6 +100,27 @@ class _Pending:
     request: BatchRequest
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Ended:
+    """A row that came to its end: its answer, or why it has none."""
+
+    work: OpenUnit
+    row: Row
+    end: RequestOutput | Refusal
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Written:
+    """What was written of some rows: their figures, the last failure, and units that are in their place now."""
+
+    rows: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failure: str = ""
+    units: list[int] = dataclasses.field(default_factory=list)
+
+
 class _Run:
     """One run.
 
@@ -106,7 +128,8 @@ class _Run:
       preparing: rows whose prompts are being prepared, in the order of the input.
       window: rows that are ready for the engine, in the order in which they go there.
       in_flight: rows in the engine, by request id.
-      settled: rows that came to their end since journals were written.
+      ended: rows that came to their end and were not given to the writing thread yet.
+      writing: what that thread has to do, the oldest first.
     """
 
     def __init__(
@@ -127,11 +150,11 @@ class _Run:
         self.preparing: collections.deque[tuple[_Pending, Future[PreparedPrompt]]] = collections.deque()
         self.window: collections.deque[tuple[PreparedPrompt, _Pending]] = collections.deque()
         self.in_flight: dict[str, _Pending] = {}
-        self.settled: dict[int, tuple[OpenUnit, list[SettledRow]]] = {}
+        self.ended: list[_Ended] = []
         self.open: dict[int, OpenUnit] = {}
         self.held: set[int] = set()
-        self.putter = ThreadPoolExecutor(1, "put in place")
-        self.being_put: collections.deque[tuple[OpenUnit, Future[None]]] = collections.deque()
+        self.writer = ThreadPoolExecutor(1, "write rows")
+        self.writing: collections.deque[Future[_Written]] = collections.deque()
         self.standing, self.max_failures = standing, max_failures
         self.num_failed = standing.failed
         self.num_resumed = standing.done_rows
@@ -148,7 +171,7 @@ class _Run:
         try:
             while self._step():
                 pass
-            self._wait_for_parts(0)
+            self._take_notice(0)
         finally:
             self._close()
 
@@ -161,8 +184,8 @@ class _Run:
             self._hand_over()
         elif time.monotonic() > self.deadline:
             return False
-        self._settle()
-        self._wait_for_parts(_PUT_AHEAD)
+        self._write_later()
+        self._take_notice(WRITES_AHEAD)
         if self.in_flight:
             if not self.llm.engine.has_unfinished_requests():
                 raise RuntimeError(f"the engine has lost {', '.join(self.in_flight)}")
@@ -170,7 +193,7 @@ class _Run:
             # Who could join the next step waits no longer for several of decode.
             joins = more and self.deadline is None and len(self.in_flight) < self.max_seqs
             self._collect(self.llm.engine.step(1 if joins else MAX_DECODE_STEPS))
-            self._settle()
+            self._write_later()
             return True
         if self.deadline is not None:
             return False
@@ -208,13 +231,14 @@ class _Run:
             self.num_failed += work.num_failed
             self.progress.add(work.num_resumed, failed=work.num_failed, resumed=True)
             self._check_failures("it was so when the run began")
-            self._put_if_whole(work)
+            if not work.num_left:
+                self.writing.append(self.writer.submit(self._put_in_place, work, _Written()))
         elif isinstance(item, ReadRow):
             self._prepare_row(item.work, item.row)
 
     def _prepare_row(self, work: OpenUnit, row: Row) -> None:
         if isinstance(row.request, Refusal):
-            self._settle_row(work, failed_row(row, row.request))
+            self.ended.append(_Ended(work=work, row=row, end=row.request))
             return
         prompt = self.llm.prepare_later(functools.partial(self.make_prompt, row.request))
         request = dataclasses.replace(row.request, source=None)  # which may be large
@@ -233,7 +257,7 @@ class _Run:
             try:
                 self.llm.engine.add_prepared(request_id, prompt, pending.request.sampling_params, incremental=False)
             except Exception as error:  # what a row brings about is that row's failure, and written
-                self._settle_row(pending.work, failed_row(pending.row, refusal_of(error)))
+                self.ended.append(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
             else:
                 self.in_flight[request_id] = pending
 
@@ -245,7 +269,7 @@ class _Run:
             try:
                 ready.append((prompt.result(), pending))
             except Exception as error:
-                self._settle_row(pending.work, failed_row(pending.row, refusal_of(error)))
+                self.ended.append(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
         for prompt, _ in ready:
             self.mean_bytes += (num_bytes(prompt) - self.mean_bytes) / self.window_rows
         self.window.extend(sorted_by_shape(ready))
@@ -254,34 +278,62 @@ class _Run:
 
     def _collect(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
-            if not output.finished:
-                continue
-            pending = self.in_flight.pop(output.request_id)
-            if output.error is not None:
-                self._settle_row(pending.work, failed_row(pending.row, refusal_of(output.error)))
-                continue
-            num_prompt = len(output.prompt_token_ids)
-            num_completion = sum(len(answer.token_ids) for answer in output.outputs)
-            record = self.job.source.record(pending.row, output)
-            self.prompt_tokens += num_prompt
-            self.completion_tokens += num_completion
-            self._settle_row(pending.work, answered_row(pending.row.number, record, num_prompt, num_completion))
+            if output.finished:
+                pending = self.in_flight.pop(output.request_id)
+                end = output if output.error is None else refusal_of(output.error)
+                self.ended.append(_Ended(work=pending.work, row=pending.row, end=end))
 
-    def _settle_row(self, work: OpenUnit, row: SettledRow) -> None:
-        self.settled.setdefault(work.unit.index, (work, []))[1].append(row)
+    def _write_later(self) -> None:
+        """Give rows that came to their end to the writing thread."""
+        if self.ended:
+            ended, self.ended = self.ended, []
+            self.writing.append(self.writer.submit(self._write, ended))
 
-    def _settle(self) -> None:
-        """Write rows that came to their end to the journals of their units."""
-        settled, self.settled = self.settled, {}
-        for work, rows in settled.values():
+    def _write(self, ended: Sequence[_Ended]) -> _Written:
+        """Add rows to the journals of their units, in the writing thread."""
+        written, by_unit = _Written(rows=len(ended)), {}
+        for one in ended:
+            row = self._settled(one)
+            by_unit.setdefault(one.work.unit.index, (one.work, []))[1].append(row)
+            written.prompt_tokens += row.prompt_tokens
+            written.completion_tokens += row.completion_tokens
+            if not row.answered:
+                written.failed += 1
+                written.failure = row.line.decode().strip()
+        for work, rows in by_unit.values():
             work.append(rows)
-            failed = [row for row in rows if not row.answered]
-            self.num_rows += len(rows)
-            self.num_failed += len(failed)
-            self.progress.add(len(rows), failed=len(failed), tokens=sum(row.completion_tokens for row in rows))
-            if failed:
-                self._check_failures(f"the last one: {failed[-1].line.decode().strip()}")
-            self._put_if_whole(work)
+            if not work.num_left:
+                self._put_in_place(work, written)
+        return written
+
+    def _settled(self, ended: _Ended) -> SettledRow:
+        if isinstance(ended.end, Refusal):
+            return failed_row(ended.row, ended.end)
+        num_prompt = len(ended.end.prompt_token_ids)
+        num_completion = sum(len(answer.token_ids) for answer in ended.end.outputs)
+        record = self.job.source.record(ended.row, ended.end)
+        return answered_row(ended.row.number, record, num_prompt, num_completion)
+
+    def _put_in_place(self, work: OpenUnit, written: _Written) -> _Written:
+        """Put a unit without rows left in its place, in the writing thread."""
+        del self.open[work.unit.index]
+        self.job.put_in_place(work)
+        written.units.append(work.unit.index)
+        return written
+
+    def _take_notice(self, at_most: int) -> None:
+        """Count what was written, and wait while more than ``at_most`` steps are not."""
+        while self.writing and (len(self.writing) > at_most or self.writing[0].done()):
+            written = self.writing.popleft().result()
+            self.num_rows += written.rows
+            self.num_failed += written.failed
+            self.prompt_tokens += written.prompt_tokens
+            self.completion_tokens += written.completion_tokens
+            self.progress.add(written.rows, failed=written.failed, tokens=written.completion_tokens)
+            for _ in written.units:
+                self.reader.release()
+            if written.failed:
+                self._check_failures(f"the last one: {written.failure}")
 
     def _check_failures(self, last: str) -> None:
         if self.max_failures is not None and self.num_failed > self.max_failures:
@@ -290,25 +342,14 @@ class _Run:
                 f"in {self.job.place!r} stays, and the same job goes on from there with a higher limit"
             )
 
-    def _put_if_whole(self, work: OpenUnit) -> None:
-        if not work.num_left:
-            del self.open[work.unit.index]
-            self.being_put.append((work, self.putter.submit(self.job.put_in_place, work)))
-
-    def _wait_for_parts(self, at_most: int) -> None:
-        """Take notice of parts that are in their place, and wait while more than ``at_most`` are not."""
-        while self.being_put and (len(self.being_put) > at_most or self.being_put[0][1].done()):
-            _, future = self.being_put.popleft()
-            self.reader.release()
-            future.result()
-
     def _close(self) -> None:
         """Abort what runs, and close what is open."""
         for _, prompt in self.preparing:
             prompt.cancel()
         for request_id in self.in_flight:
             self.llm.engine.abort_request(request_id)
-        self.putter.shutdown()
+        self._write_later()
+        self.writer.shutdown()
         with contextlib.ExitStack() as closing:
             for work in [*self.open.values(), *self.reader.close()]:
                 self.answered_of_open += work.num_answered

@@ -68,7 +68,7 @@ class RowOptions:
 
     Attributes:
       defaults: names of the model, the base of seeds, ``max_tokens`` (256 if None).
-      prompt: asked of every row that has none of its own.
+      prompt: asked of every row; where ``columns`` names one for prompts, of rows that have none there.
       system: a system message for all rows.
       columns: names of columns, or extensions of tar members, under "image", "prompt" and "id".
       sampling: fields of `SamplingParams` for those rows; greedy by default.
