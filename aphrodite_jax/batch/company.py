@@ -21,6 +21,8 @@ __all__ = ["LEAVE", "STOP", "Company"]
 STOP, LEAVE = 1, 2
 """What one process may ask of all: to begin no new rows, and to leave those that run."""
 HELD, DONE = "held", "done"
+READS_WITHIN = 24 * 3600.0
+"""Seconds in which the first process must come to a unit that another is at: they read ahead of what they answer."""
 
 
 class Company:
@@ -82,7 +84,7 @@ class Company:
                 text = DONE if work is None else json.dumps(list(work.settled()))
             except OutputHeld:
                 text = HELD
-        text = self._lockstep.told(what, text)
+        text = self._lockstep.told(what, text, READS_WITHIN)
         if text == HELD:
             raise OutputHeld(f"part {unit.index} of {self._job.place}")
         if text == DONE or self.leads:

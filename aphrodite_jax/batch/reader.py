@@ -4,10 +4,12 @@ import collections
 import contextlib
 import dataclasses
 import queue
+import sys
 import threading
 import time
 from collections.abc import Container, Iterator
 
+from aphrodite_jax.batch.company import Company
 from aphrodite_jax.batch.journal import OpenUnit
 from aphrodite_jax.batch.output import OutputHeld
 from aphrodite_jax.batch.parts import PartsJob
@@ -62,16 +64,20 @@ class RowReader:
 
     Args:
       job: whose units are taken.
+      company: takes them.
       indices: of the units; None is all.
       done: units that are whole.
       ahead: rows that are read and not taken over, at most.
     """
 
-    def __init__(self, job: PartsJob, indices: Container[int] | None, done: Container[int], ahead: int):
-        self._job, self._indices, self._done = job, indices, done
+    def __init__(
+        self, job: PartsJob, company: Company, indices: Container[int] | None, done: Container[int], ahead: int
+    ):
+        self._job, self._company, self._indices, self._done = job, company, indices, done
         self._queue: queue.Queue[list[_Item]] = queue.Queue(max(2, ahead // TOGETHER))
         self._taken_over: collections.deque[_Item] = collections.deque()  # of the latest ones, those that are left
-        self._places = threading.Semaphore(MAX_OPEN_UNITS)
+        # In company all would wait for a place, and nobody for what gives one back.
+        self._places = threading.Semaphore(MAX_OPEN_UNITS if company.is_alone else sys.maxsize)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read rows", daemon=True)
         self.is_exhausted = False
@@ -147,7 +153,7 @@ class RowReader:
             if self._closing.is_set():
                 return
             try:
-                work = self._job.take(unit)
+                work = self._company.take(unit)
             except OutputHeld:
                 self._places.release()
                 yield Held(unit)

@@ -4,6 +4,8 @@ Rows of successive units flow into one engine without a gap. Threads prepare pro
 are ready make a window, whose prompts go to the engine sorted by shape while the next are prepared. What came to its
 end in a step is written while the device runs the next: a thread of its own adds it to the journals of the units, and
 puts units in place that have no rows left.
+
+Processes that serve one model together (`batch.company`) do all this alike: what hangs on threads they wait for.
 """
 
 import collections
@@ -16,6 +18,7 @@ from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Protocol
 
+from aphrodite_jax.batch.company import LEAVE, STOP, Company
 from aphrodite_jax.batch.journal import OpenUnit, SettledRow, answered_row, failed_row
 from aphrodite_jax.batch.parts import PartsJob, PartsReport, Standing
 from aphrodite_jax.batch.progress import Progress
@@ -82,11 +85,12 @@ def run_parts(
     chosen = indices if indices is None or isinstance(indices, range) else frozenset(indices)
     if chosen and not (min(chosen) >= 0 and max(chosen) < job.num_units):
         raise BatchError(f"the job has the parts 0 to {job.num_units - 1}, asked were {min(chosen)} to {max(chosen)}")
-    standing = job.standing(chosen)
-    if not standing.is_complete:
+    company = Company(job, llm.engine.lockstep)
+    standing = company.standing(chosen)
+    if company.leads and not standing.is_complete:
         job.reopen()
-    with Progress(standing, show=show_progress) as progress:
-        run = _Run(llm, job, chosen, standing, stop or threading.Event(), max_failures, progress)
+    with Progress(standing, show=show_progress and company.leads) as progress:
+        run = _Run(llm, job, company, chosen, standing, stop or threading.Event(), max_failures, progress)
         run.run()
     return run.report()
 
@@ -111,13 +115,12 @@ class _Ended:
 
 @dataclasses.dataclass(kw_only=True)
 class _Written:
-    """What was written of some rows: their figures, the last failure, and units that are in their place now."""
+    """What was written of some rows: their figures, and units that are in their place now."""
 
     rows: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failure: str = ""
     units: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -136,6 +139,7 @@ class _Run:
         self,
         llm: "LLM",
         job: PartsJob,
+        company: Company,
         indices: Container[int] | None,
         standing: Standing,
         stop: Stop,
@@ -143,10 +147,11 @@ class _Run:
         progress: Progress,
     ):
         self.llm, self.job, self.indices, self.stop, self.progress = llm, job, indices, stop, progress
-        self.max_seqs = llm.engine.engine_config.max_num_seqs
+        self.company = company
+        self.max_seqs = llm.engine.max_running
         self.window_rows = WINDOW_ROUNDS * self.max_seqs
         self.make_prompt = PromptMaker(llm)
-        self.reader = RowReader(job, indices, frozenset(standing.done), 2 * self.window_rows)
+        self.reader = RowReader(job, company, indices, frozenset(standing.done), 2 * self.window_rows)
         self.preparing: collections.deque[tuple[_Pending, Future[PreparedPrompt]]] = collections.deque()
         self.window: collections.deque[tuple[PreparedPrompt, _Pending]] = collections.deque()
         self.in_flight: dict[str, _Pending] = {}
@@ -156,7 +161,7 @@ class _Run:
         self.writer = ThreadPoolExecutor(1, "write rows")
         self.writing: collections.deque[Future[_Written]] = collections.deque()
         self.standing, self.max_failures = standing, max_failures
-        self.num_failed = standing.failed
+        self.num_failed, self.last_failure = standing.failed, "it was so when the run began"
         self.num_resumed = standing.done_rows
         self.num_rows = self.prompt_tokens = self.completion_tokens = 0
         self.mean_bytes = 0.0  # of a prepared prompt's media
@@ -177,14 +182,19 @@ class _Run:
 
     def _step(self) -> bool:
         """Move everything on by a step of the engine; False at the end."""
-        if self.deadline is None and self.stop.is_set():
+        if self.stop.is_set():
+            self.company.ask(STOP)
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.company.ask(LEAVE)
+        if self.company.asked == LEAVE:
+            return False
+        if self.company.asked == STOP and self.deadline is None:
             self._begin_to_stop()
         if self.deadline is None:
             self._prepare()
             self._hand_over()
-        elif time.monotonic() > self.deadline:
-            return False
         self._write_later()
+        self._check_failures()
         self._take_notice(WRITES_AHEAD)
         if self.in_flight:
             if not self.llm.engine.has_unfinished_requests():
@@ -194,6 +204,7 @@ class _Run:
             joins = more and self.deadline is None and len(self.in_flight) < self.max_seqs
             self._collect(self.llm.engine.step(1 if joins else MAX_DECODE_STEPS))
             self._write_later()
+            self._check_failures()
             return True
         if self.deadline is not None:
             return False
@@ -218,8 +229,15 @@ class _Run:
         """Take rows over until enough prompts are being prepared."""
         fits = int(WINDOW_BYTES / self.mean_bytes) if self.mean_bytes else self.window_rows
         rows = max(self.max_seqs, min(self.window_rows, fits - len(self.window)))
-        while len(self.preparing) < rows and (item := self.reader.get()) is not None:
+        while len(self.preparing) < rows and (item := self._next()) is not None:
             self._take_over(item)
+
+    def _next(self) -> Taken | Held | ReadRow | None:
+        """What the reader has; in company, what it will have."""
+        item = self.reader.get()
+        while item is None and not (self.company.is_alone or self.reader.is_exhausted):
+            item = self.reader.get(timeout=_POLL)
+        return item
 
     def _take_over(self, item: Taken | Held | ReadRow | None) -> None:
         if isinstance(item, Held):
@@ -230,7 +248,7 @@ class _Run:
             self.num_resumed += work.num_resumed
             self.num_failed += work.num_failed
             self.progress.add(work.num_resumed, failed=work.num_failed, resumed=True)
-            self._check_failures("it was so when the run began")
+            self._check_failures()
             if not work.num_left:
                 self.writing.append(self.writer.submit(self._put_in_place, work, _Written()))
         elif isinstance(item, ReadRow):
@@ -262,9 +280,9 @@ class _Run:
                 self.in_flight[request_id] = pending
 
     def _make_window(self) -> None:
-        """Make a window of the first rows whose prompts are ready."""
+        """Make a window of the first rows whose prompts are ready; in company, of the first ones."""
         ready = []
-        while self.preparing and self.preparing[0][1].done():
+        while self.preparing and self._is_of_window(len(ready), self.preparing[0][1]):
             pending, prompt = self.preparing.popleft()
             try:
                 ready.append((prompt.result(), pending))
@@ -273,6 +291,9 @@ class _Run:
         for prompt, _ in ready:
             self.mean_bytes += (num_bytes(prompt) - self.mean_bytes) / self.window_rows
         self.window.extend(sorted_by_shape(ready))
+
+    def _is_of_window(self, number: int, prompt: Future[PreparedPrompt]) -> bool:
+        return prompt.done() if self.company.is_alone else number < self.max_seqs
 
     # Rows out.
 
@@ -288,6 +309,10 @@ class _Run:
         if self.ended:
             ended, self.ended = self.ended, []
             self.writing.append(self.writer.submit(self._write, ended))
+            for one in ended:
+                if isinstance(one.end, Refusal):
+                    self.num_failed += 1
+                    self.last_failure = f"the last one: row {one.row.number}, {one.end}"
 
     def _write(self, ended: Sequence[_Ended]) -> _Written:
         """Add rows to the journals of their units, in the writing thread."""
@@ -299,7 +324,6 @@ class _Run:
             written.completion_tokens += row.completion_tokens
             if not row.answered:
                 written.failed += 1
-                written.failure = row.line.decode().strip()
         for work, rows in by_unit.values():
             work.append(rows)
             if not work.num_left:
@@ -317,7 +341,7 @@ class _Run:
     def _put_in_place(self, work: OpenUnit, written: _Written) -> _Written:
         """Put a unit without rows left in its place, in the writing thread."""
         del self.open[work.unit.index]
-        self.job.put_in_place(work)
+        self.company.put_in_place(work)
         written.units.append(work.unit.index)
         return written
 
@@ -326,20 +350,18 @@ class _Run:
         while self.writing and (len(self.writing) > at_most or self.writing[0].done()):
             written = self.writing.popleft().result()
             self.num_rows += written.rows
-            self.num_failed += written.failed
             self.prompt_tokens += written.prompt_tokens
             self.completion_tokens += written.completion_tokens
             self.progress.add(written.rows, failed=written.failed, tokens=written.completion_tokens)
             for _ in written.units:
                 self.reader.release()
-            if written.failed:
-                self._check_failures(f"the last one: {written.failure}")
 
-    def _check_failures(self, last: str) -> None:
+    def _check_failures(self) -> None:
         if self.max_failures is not None and self.num_failed > self.max_failures:
             raise BatchError(
-                f"{self.num_failed} rows failed, more than max_failures {self.max_failures} allows ({last}); what is "
-                f"in {self.job.place!r} stays, and the same job goes on from there with a higher limit"
+                f"{self.num_failed} rows failed, more than max_failures {self.max_failures} allows "
+                f"({self.last_failure}); what is in {self.job.place!r} stays, and the same job goes on from there with a "
+                "higher limit"
             )
 
     def _close(self) -> None:
@@ -354,7 +376,7 @@ class _Run:
             for work in [*self.open.values(), *self.reader.close()]:
                 self.answered_of_open += work.num_answered
                 self.failed_of_open += work.num_failed
-                closing.callback(self.job.keep, work)
+                closing.callback(self.company.keep, work)
         self.seconds = time.monotonic() - self.began
 
     def report(self) -> PartsReport:

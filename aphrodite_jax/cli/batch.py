@@ -175,9 +175,9 @@ def _run_parts(args: argparse.Namespace) -> int:
     from aphrodite_jax.executor.processes import initialize
 
     llm, index, count, leads = None, *getattr(args, "worker", (0, 1)), True
+    if hasattr(args, "processes"):
+        initialize(args.processes)  # which takes SIGTERM for itself, until it is taken back
     with Preemption() as stop:
-        if hasattr(args, "processes"):
-            initialize(args.processes)
         job = open_parts(**_job_options(args), model_config=_model_config(args))
         if hasattr(args, "processes"):  # which parts are this process's, its devices tell
             llm = _load(args)

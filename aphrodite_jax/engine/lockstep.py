@@ -51,8 +51,11 @@ class Lockstep:
         """Have ``asked`` be at least ``level`` from the next step on, in all processes."""
         self._asked = max(self._asked, level)
 
-    def told(self, what: str, text: str | None = None) -> str:
+    def told(self, what: str, text: str | None = None, patience: float | None = None) -> str:
         """A text of the first process, which gives it, for all; all must ask for the same things in the same order.
+
+        Args:
+          patience: seconds to wait for it, in the place of the usual.
 
         Raises:
           LockstepError: the first process does not give it.
@@ -63,7 +66,7 @@ class Lockstep:
             assert text is not None, "the first process tells"
             self._store.put(key, text)
             return text
-        found = self._store.get(key, self._patience)
+        found = self._store.get(key, patience or self._patience)
         if found is None:
             raise LockstepError(self._missed(self._first, what))
         return found

@@ -33,6 +33,7 @@ class FakeEngine:
 
     def __init__(self, max_num_seqs: int, step_seconds: float):
         self.engine_config = EngineConfig(max_num_seqs=max_num_seqs)
+        self.max_running, self.lockstep = max_num_seqs, None
         self.step_seconds = step_seconds
         self.waiting, self.running = collections.deque(), {}
         self.num_encoded = 0

@@ -279,7 +279,7 @@ def test_shared_images_have_a_limit_in_bytes_and_serve_threads(llm, tmp_path):
 def test_too_many_failures_stop_the_run(llm, tmp_path):
     lines = [completion_line(f"r{i}", "broken image" if i % 2 else f"p{i}") for i in range(60)]
     requests = write_requests(tmp_path / "requests.jsonl", lines)
-    with pytest.raises(BatchError, match=r"more than max_failures 5 allows .*invalid_media"):
+    with pytest.raises(BatchError, match=r"more than max_failures 5 allows \(.*row \d+, the image can't be"):
         answer(llm, requests, tmp_path / "out", rows_per_part=10, run={"max_failures": 5})
     assert not llm.engine.has_unfinished_requests()
     with pytest.raises(BatchError, match="max_failures 5"):  # those that were written count
