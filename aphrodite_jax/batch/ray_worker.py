@@ -2,13 +2,13 @@
 
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from aphrodite_jax.batch.on_ray import RayOptions
@@ -23,10 +23,12 @@ _POLL = 0.5
 
 
 def place_worker(options: RayOptions) -> dict[str, Any]:
-    """Arguments of `Dataset.map_batches` that say where a worker runs."""
-    if options.hosts == 1 and options.tpu_slice is None:
-        return _as_arguments(options.resources)
-    return {"num_cpus": 0, "ray_remote_args_fn": lambda: {"scheduling_strategy": _first_host(options)}}
+    """Arguments of `Dataset.map_batches` that say where a worker runs; one of several hosts places these itself."""
+    return {"num_cpus": 0} if _has_several(options) else _as_arguments(options.resources)
+
+
+def _has_several(options: RayOptions) -> bool:
+    return options.hosts > 1 or options.tpu_slice is not None
 
 
 def _as_arguments(resources: Mapping[str, float]) -> dict[str, Any]:
@@ -38,19 +40,6 @@ def _as_arguments(resources: Mapping[str, float]) -> dict[str, Any]:
     return arguments | ({"resources": others} if others else {})
 
 
-def _first_host(options: RayOptions) -> PlacementGroupSchedulingStrategy:
-    """The first of some hosts that are set aside together: a TPU slice, or any hosts that have what is asked for."""
-    if options.tpu_slice is not None:
-        from ray.util.tpu import slice_placement_group
-
-        version, _, topology = options.tpu_slice.partition(":")
-        group = slice_placement_group(topology, version).placement_group
-        assert group is not None, "of one slice"
-    else:
-        group = placement_group([dict(options.resources)] * options.hosts, strategy="PACK")
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-
-
 class RayWorker:
     """Does parts of a job; called by Ray Data with one task after another.
 
@@ -60,58 +49,63 @@ class RayWorker:
     """
 
     def __init__(self, job_options: Mapping[str, Any], llm_options: Mapping[str, Any], options: RayOptions, flag: Any):
-        self._stop = _Watched(flag)
-        self._others: list[Any] = []
-        self._host = _Host(job_options, llm_options)
         self._error: AphroditeError | None = None
         try:
-            self._load()
+            if _has_several(options):
+                self._run = _start_hosts((job_options, llm_options, flag), options)
+            else:
+                self._run = _Host(job_options, llm_options, flag).run
         except AphroditeError as error:
             self._error = error  # told by the first task
-
-    def _load(self) -> None:
-        group = ray.util.get_current_placement_group()
-        if group is not None and group.bundle_count > 1:
-            self._gather(group)
-        loading = [other.load.remote() for other in self._others]
-        self._host.load()
-        ray.get(loading)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Do the parts of a task; figures of it, or what went wrong: Ray would keep only the text of an exception."""
         try:
             if self._error is not None:
                 raise self._error
-            told: dict[str, Any] = self._run([int(part) for part in batch["parts"][0]])
+            told: dict[str, Any] = dict(self._run([int(part) for part in batch["parts"][0]]))
         except AphroditeError as error:
-            told = {"error": type(error).__name__, "message": str(error)}
+            cause = getattr(error, "cause", error)  # of an error of another host
+            told = {"error": type(cause).__name__, "message": str(cause)}
         return {name: np.array([value]) for name, value in told.items()}
 
-    def _run(self, parts: list[int]) -> dict[str, int]:
-        running = [other.run.remote(parts) for other in self._others]
-        figures = self._host.run(parts, self._stop)
-        ray.get(running)
-        return figures
 
-    def _gather(self, group: PlacementGroup) -> None:
-        """Start a process on each other host of the group, and join them all."""
-        hosts = group.bundle_count
-        address = f"{ray.util.get_node_ip_address()}:{_free_port()}"
-        for index in range(1, hosts):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            arguments = _as_arguments(group.bundle_specs[index])
-            other = ray.remote(_Host).options(scheduling_strategy=place, **arguments).remote(*self._host.options)
-            self._others.append(other)
-        joining = [other.join.remote(f"{address},{hosts},{index + 1}") for index, other in enumerate(self._others)]
-        self._host.join(f"{address},{hosts},0")
-        ray.get(joining)
+def _start_hosts(of_host: tuple, options: RayOptions) -> Callable[[list[int]], Mapping[str, int]]:
+    """Start a process on each of some hosts that are set aside together, and join them; what runs parts on all."""
+    if options.tpu_slice is not None:
+        from ray.util.tpu import slice_placement_group
+
+        version, _, topology = options.tpu_slice.partition(":")
+        group = slice_placement_group(topology, version).placement_group
+        assert group is not None, "of one slice"
+    else:
+        group = placement_group([dict(options.resources)] * options.hosts, strategy="PACK")
+    hosts = [
+        ray.remote(_Host)
+        .options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index), **_as_arguments(bundle))
+        .remote(*of_host, load=False)
+        for index, bundle in enumerate(group.bundle_specs)
+    ]
+    address = ray.get(hosts[0].address.remote())
+    ray.get([host.join.remote(f"{address},{len(hosts)},{index}") for index, host in enumerate(hosts)])
+    ray.get([host.load.remote() for host in hosts])
+    return lambda parts: ray.get([host.run.remote(parts) for host in hosts])[0]
 
 
 class _Host:
     """One process of a worker: the model, or a part of it."""
 
-    def __init__(self, job_options: Mapping[str, Any], llm_options: Mapping[str, Any]):
-        self.options = self._job_options, self._llm_options = job_options, llm_options
+    def __init__(self, job_options: Mapping[str, Any], llm_options: Mapping[str, Any], flag: Any, *, load: bool = True):
+        self._job_options, self._llm_options = job_options, llm_options
+        self._stop = _Watched(flag)
+        if load:
+            self.load()
+
+    def address(self) -> str:
+        """Where processes may join this one."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
 
     def join(self, where: str) -> None:
         """Join the processes of other hosts."""
@@ -124,9 +118,9 @@ class _Host:
         self._llm = LLM(**self._llm_options)
         self._job = open_parts(**self._job_options, model_config=self._llm.model_config)
 
-    def run(self, parts: list[int], stop: Any = None) -> dict[str, int]:
+    def run(self, parts: list[int]) -> dict[str, int]:
         """Do parts of the job."""
-        report = run_parts(self._llm, self._job, parts, stop=stop, show_progress=False)
+        report = run_parts(self._llm, self._job, parts, stop=self._stop, show_progress=False)
         names = ("answered", "failed", "resumed", "prompt_tokens", "completion_tokens")
         figures = {name: getattr(report, name) for name in names}
         return figures | {"rows": report.answered + report.failed - report.resumed}
@@ -151,9 +145,3 @@ class _Watched:
                 seen = True
             if seen:
                 self._is_set.set()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

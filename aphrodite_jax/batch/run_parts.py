@@ -360,8 +360,8 @@ class _Run:
         if self.max_failures is not None and self.num_failed > self.max_failures:
             raise BatchError(
                 f"{self.num_failed} rows failed, more than max_failures {self.max_failures} allows "
-                f"({self.last_failure}); what is in {self.job.place!r} stays, and the same job goes on from there with a "
-                "higher limit"
+                f"({self.last_failure}); what is in {self.job.place!r} stays, and the same job goes on from there with "
+                "a higher limit"
             )
 
     def _close(self) -> None:

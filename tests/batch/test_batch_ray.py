@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,13 +33,22 @@ ENGINE = {"max_num_seqs": 4, "warm_up": False, "show_progress": False}
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two cores, started as a program of its own, as a cluster is."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--num-cpus=2", "--port=0"]
-    command += ["--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={100 * 2**20}"]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "JAX_PLATFORMS": "cpu"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
-    yield
-    subprocess.run([command[0], "stop", "--force"], check=True, env=environment, capture_output=True)
+    """The address of two cores, started as a program of its own, as a cluster is."""
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as listener:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")  # of each worker
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+        command += [f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+        command += ["--disable-usage-stats", f"--object-store-memory={100 * 2**20}"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        head = subprocess.Popen(command, start_new_session=True, **quiet)
+        yield f"127.0.0.1:{port}"
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
 
 
 @pytest.fixture
@@ -94,35 +104,45 @@ def test_a_worker_that_is_killed_costs_no_row_and_repeats_none(cluster, job):
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    report = run_on_ray(job, ENGINE, RayOptions(workers=2), show_progress=False)
+    report = run_on_ray(job, ENGINE, RayOptions(workers=2, address=cluster), show_progress=False)
     killer.join(timeout=1)
     assert killed
     assert ids(job) == [f"row {number}" for number in range(ROWS)]
     assert (report.rows, report.answered, report.failed, report.held, report.stopped) == (ROWS, ROWS, 0, 0, False)
     open_job = open_parts(**job, model_config=ModelConfig())
     assert open_job.finish()
-    again = run_on_ray(job, ENGINE, RayOptions(workers=2), show_progress=False)
+    again = run_on_ray(job, ENGINE, RayOptions(workers=2, address=cluster), show_progress=False)
     assert (again.answered, again.resumed, again.completion_tokens) == (ROWS, ROWS, 0)
+
+
+def test_a_worker_of_two_hosts(cluster, job):
+    """Each with one device, which serve one model together."""
+    engine = {**ENGINE, "tensor_parallel_size": 2}
+    report = run_on_ray(job, engine, RayOptions(workers=1, hosts=2, address=cluster), show_progress=False)
+    assert (report.rows, report.answered, report.failed, report.held, report.stopped) == (ROWS, ROWS, 0, 0, False)
+    assert ids(job) == [f"row {number}" for number in range(ROWS)]
 
 
 def test_a_stop_reaches_the_workers(cluster, job):
     stop = threading.Event()
     stop.set()
-    report = run_on_ray(job, ENGINE, RayOptions(workers=1), stop=stop, show_progress=False)
+    report = run_on_ray(job, ENGINE, RayOptions(workers=1, address=cluster), stop=stop, show_progress=False)
     assert report.stopped
     assert report.answered == 0
 
 
 def test_an_error_of_a_worker_is_told_as_it_is(cluster, job):
     with pytest.raises(ConfigError, match="max_num_batched_tokens must be at least 16, got 1"):
-        run_on_ray(job, {**ENGINE, "max_num_batched_tokens": 1}, RayOptions(workers=1), show_progress=False)
+        run_on_ray(
+            job, {**ENGINE, "max_num_batched_tokens": 1}, RayOptions(workers=1, address=cluster), show_progress=False
+        )
 
 
 def test_too_many_failures_stop_the_job(cluster, job):
     text = Path(job["input_path"]).read_text().replace("example.png", "missing.png")
     Path(job["input_path"]).write_text(text)
     with pytest.raises(BatchError, match=r"\d+ rows failed, more than max_failures 5 allows"):
-        run_on_ray(job, ENGINE, RayOptions(workers=1), max_failures=5, show_progress=False)
+        run_on_ray(job, ENGINE, RayOptions(workers=1, address=cluster), max_failures=5, show_progress=False)
 
 
 @pytest.mark.parametrize(
