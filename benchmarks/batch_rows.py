@@ -96,16 +96,22 @@ def messages(pictures: list[Path], row: int) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def run_job(llm: LLM, directory: Path, pictures: list[Path], rows: int, max_tokens: int):
-    """The report of a job, and MiB of memory by rows that were answered."""
-    directory.mkdir()
-    with open(directory / "requests.jsonl", "w") as file:
+def write_rows(path: Path, pictures: list[Path], rows: int, max_tokens: int) -> Path:
+    """A JSONL file of so many rows, at ``path``."""
+    with open(path, "w") as file:
         for row in range(rows):
             body = {"messages": messages(pictures, row), "max_tokens": max_tokens, "temperature": 0}
             line = {"custom_id": f"row-{row}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             print(json.dumps(line), file=file)
+    return path
+
+
+def run_job(llm: LLM, directory: Path, pictures: list[Path], rows: int, max_tokens: int):
+    """The report of a job, and MiB of memory by rows that were answered."""
+    directory.mkdir()
+    requests = write_rows(directory / "requests.jsonl", pictures, rows, max_tokens)
     began = time.monotonic()
-    job = open_parts(directory / "requests.jsonl", directory / "answers", model_config=llm.model_config)
+    job = open_parts(requests, directory / "answers", model_config=llm.model_config)
     say(f"{rows} rows: the job was made in {time.monotonic() - began:.1f} s")
     memory: list[tuple[int, float]] = [(0, rss_mib())]
     record, count = job.source.record, 0
