@@ -9,23 +9,20 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import tempfile
-from pathlib import Path
 
-from aphrodite_jax.cli.options import add_model_options, model_options, positive
+from aphrodite_jax.cli.options import MODEL_OPTIONS, add_table, model_options, positive
 
 __all__ = ["add_options", "run"]
+
+_NOT_PLANNED = ("seed", "max_image_pixels", "compilation_cache_dir", "programs_dir")
+"""Options of a model and its engine that change nothing of a plan."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:2x2x2, v6e:1x1, ..., or a GPU: a100, l4, h100")
-    parser.add_argument(
-        "--max-num-seqs", type=positive, default=16, metavar="N", help="requests that run at a time on a copy (16)"
-    )
-    parser.add_argument("--max-encode-items", type=positive, metavar="N", help="images that are encoded together")
     group = parser.add_argument_group("the work to plan for")
     group.add_argument("--requests", type=positive, metavar="N", help="at a time on a copy (--max-num-seqs)")
     group.add_argument("--prompt-tokens", type=positive, metavar="N", help="of text in a prompt (32)")
@@ -42,21 +39,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="the compiler's estimate of the attention kernels",
     )
-    add_model_options(parser)
+    group = parser.add_argument_group("model and engine")
+    group.add_argument("--model", help="a directory, a hub id or a config.json; the small model that ships if none")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of weights and compute")
+    group.add_argument(
+        "--max-num-seqs", type=positive, default=16, metavar="N", help="requests that run at a time on a copy (16)"
+    )
+    group.add_argument("--max-encode-items", type=positive, metavar="N", help="images that are encoded together (8)")
+    group.add_argument(
+        "--data-parallel-size", type=positive, metavar="N", help="copies of the model; each has devices of its own"
+    )
+    add_table(group, tuple(row for row in MODEL_OPTIONS if row[0] not in (*_NOT_PLANNED, "data_parallel_size")))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; 0 where the model fits, 1 where it does not."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device of this machine is wanted
     from aphrodite_jax.config import EngineConfig, ModelConfig
-    from aphrodite_jax.planning import Workload, as_json, as_text, find_target, make_plan
+    from aphrodite_jax.planning import Workload, as_json, as_text, find_target, make_plan, with_processor
 
     target = find_target(args.topology)
+    model = getattr(args, "model", None)
     options = model_options(args)
-    for name in ("max_num_seqs", "max_encode_items"):
+    for name in ("max_num_seqs", "max_encode_items", "data_parallel_size"):
         if hasattr(args, name):
             options[name] = getattr(args, name)
-    options.setdefault("tensor_parallel_size", len(target.devices) // options.get("data_parallel_size", 1))
+    copies = options.get("data_parallel_size", 1)
+    devices = options.setdefault("tensor_parallel_size", max(1, len(target.devices) // copies))
+    options.setdefault("data_parallel_size", max(1, len(target.devices) // devices))
     if hasattr(args, "export"):
         options["programs_dir"] = args.export
     images = getattr(args, "images_per_prompt", 0)
@@ -67,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
         field.name: getattr(args, field.name) for field in dataclasses.fields(Workload) if hasattr(args, field.name)
     }
     with tempfile.TemporaryDirectory() as folder:
+        if model is not None:
+            options["model"] = with_processor(model, folder)
         plan = make_plan(
-            ModelConfig(
-                model=_directory(args.model, folder), **{name: x for name, x in options.items() if name in of_model}
-            ),
+            ModelConfig(**{name: x for name, x in options.items() if name in of_model}),
             EngineConfig(
                 **{name: x for name, x in options.items() if name not in of_model}, show_progress=sys.stderr.isatty()
             ),
@@ -80,17 +90,9 @@ def run(args: argparse.Namespace) -> int:
             price_per_hour=getattr(args, "price_per_hour", None),
             export=hasattr(args, "export"),
         )
-    plan = dataclasses.replace(plan, model=args.model or plan.model)
+    plan = dataclasses.replace(plan, model=model or plan.model)
     print(json.dumps(as_json(plan), indent=1) if args.json else as_text(plan))
     return 0 if plan.fits else 1
-
-
-def _directory(model: str | None, folder: str) -> str | None:
-    """A model's directory or hub id; for a config file alone, a directory with nothing else."""
-    if model is None or not Path(model).is_file():
-        return model
-    shutil.copyfile(model, Path(folder) / "config.json")
-    return folder
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -223,28 +223,21 @@ class ModelPrograms:
         ]
         return jobs
 
-    def largest_jobs(self, arrays: DeviceArrays) -> list[CompileJob]:
-        """The programs that take most memory while they run: one of forward, one of encode for each shape of media."""
-        jobs = [self.forward_job_of(arrays, self.largest_forward)]
-        return jobs + [
-            self.encode_job_of(arrays, shapes, self._encode_counts(shapes)[-1]) for shapes in self.media_shapes
-        ]
-
     @property
     def largest_forward(self) -> tuple[int, int, int]:
         """Rows of decode, rows of prompts and requests of the largest forward program."""
         return self.buckets.shape(self.num_slots, self.buckets.prefill_tokens[-1])
 
     def representatives(self, arrays: DeviceArrays) -> list[Representative]:
-        """The largest program of each kind, for what all programs of `all_jobs` take to be held ready."""
+        """The largest program of each kind: what it takes to run, and to be held ready, the others of its kind don't
+        exceed by much."""
         shapes = self.buckets.shapes()
         without_prompts = sum(tokens == 0 for _, tokens, _ in shapes)
         greedy, sampled = len(self.buckets.greedy_requests), len(self.buckets.decode_requests)
         requests = self.buckets.decode_requests[-1]
-        forward, *encode = self.largest_jobs(arrays)
         logits = self.shape((requests, self.vocab_size), jnp.float32)
         found = [
-            Representative(job=forward, count=len(shapes) - without_prompts),
+            Representative(job=self.forward_job_of(arrays, self.largest_forward), count=len(shapes) - without_prompts),
             # Those of forward that have no prompts compute what the greedy ones do.
             Representative(job=self.decode_job_of(arrays, self.num_slots), count=greedy + without_prompts),
             Representative(
@@ -255,10 +248,12 @@ class ModelPrograms:
                 count=3 * sampled + len(self.buckets.prefill_tokens),
             ),
         ]
-        found += [
-            Representative(job=job, count=len(self._encode_counts(shapes)))
-            for job, shapes in zip(encode, self.media_shapes, strict=True)
-        ]
+        kinds: dict[tuple[str, ...], list[tuple[MediaShapes, int]]] = {}
+        for media in self.media_shapes:  # arrays of the same names differ in nothing but their size
+            kinds.setdefault(tuple(sorted(media)), []).extend((media, n) for n in self._encode_counts(media))
+        for programs in kinds.values():
+            media, count = max(programs, key=lambda x: x[1] * sum(math.prod(array.shape) for array in x[0].values()))
+            found.append(Representative(job=self.encode_job_of(arrays, media, count), count=len(programs)))
         if self._multimodal:
             rows = self._store_buckets()[-1]
             store = self.store_job(arrays, np.zeros((rows, self.width), self.dtype), np.zeros(rows, np.int32))

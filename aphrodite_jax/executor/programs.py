@@ -21,6 +21,10 @@ from kernels_pallas.platform import made_for
 
 __all__ = ["CompileJob", "CompiledProgram", "Programs"]
 
+TPU_OPTIONS = {"xla_tpu_enable_deduplicated_calls": "true"}
+"""Layers that are alike share their machine code, which lies in the device's memory as long as a program is held ready:
+a third or less of it is left, and it takes no longer to compile. The compiler does so by itself in some programs."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
@@ -67,13 +71,14 @@ class Programs:
         self._compiled: dict[tuple[str, Hashable], CompiledProgram] = {}
         self._sealed = False
         self.late_compiles = 0
+        self._knows_options = True
 
     def compile(self, jobs: Sequence[CompileJob], *, show_progress: bool) -> None:
         """Trace one after another and compile in parallel; programs that are there are left."""
         jobs = [job for job in jobs if (job.name, job.key) not in self._compiled and not self._read(job)]
         bar = tqdm(total=len(jobs), desc="compiling programs", unit="program", disable=not show_progress)
         with bar, ThreadPoolExecutor(max_workers=4) as pool:
-            futures = [pool.submit(_compile, job, self.lower(job)) for job in jobs]
+            futures = [pool.submit(self._compile_lowered, job, self.lower(job)) for job in jobs]
             for job, future in zip(jobs, futures, strict=True):
                 self._keep(job, future.result())
                 bar.update()
@@ -87,7 +92,7 @@ class Programs:
         if (job.name, job.key) not in self._compiled and not self._read(job):
             if self._sealed:
                 self._report_late(job)
-            self._keep(job, _compile(job, self.lower(job)))
+            self._keep(job, self._compile_lowered(job, self.lower(job)))
         return self._compiled[job.name, job.key].call(*job.args)
 
     def has(self, job: CompileJob) -> bool:
@@ -160,6 +165,17 @@ class Programs:
         with jax.set_mesh(self._mesh), made_for(self._mesh.devices.flat[0]):
             return jitted.lower(*job.args)
 
+    def _compile_lowered(self, job: CompileJob, lowered: Any) -> CompiledProgram:
+        device = jax.devices()[0] if self._mesh is None else self._mesh.devices.flat[0]
+        if device.platform == "tpu" and self._knows_options:
+            try:
+                return _compile(job, lowered, TPU_OPTIONS)
+            except jax.errors.JaxRuntimeError as error:
+                if "No such compile option" not in str(error):
+                    raise
+                self._knows_options = False  # another version of the compiler: what it does without them is right too
+        return _compile(job, lowered, None)
+
     def _report_late(self, job: CompileJob) -> None:
         self.late_compiles += 1
         message = f"program {job.name!r} compiles after warm-up, for {job.key}"
@@ -173,9 +189,9 @@ def _short(key: Hashable) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _compile(job: CompileJob, lowered: Any) -> CompiledProgram:
+def _compile(job: CompileJob, lowered: Any, options: dict[str, str] | None) -> CompiledProgram:
     begin = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options)
     analysis = compiled.memory_analysis()  # None on backends without the analysis
     return CompiledProgram(
         name=job.name,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import jax
@@ -32,6 +32,11 @@ __all__ = ["make_plan"]
 NO_PREFETCH = {"xla_msa_max_outstanding_prefetches": "0"}
 """With it XLA copies no weight to VMEM ahead of its use, which its count of bytes would have twice."""
 
+NO_COUNTS = (
+    "floors and throughput, as JAX's compiler for GPUs that are not there counts no operations and no bytes, and "
+    "estimates no kernel"
+)
+
 
 def make_plan(
     model_config: ModelConfig,
@@ -47,8 +52,7 @@ def make_plan(
 
     Args:
       model_config: of a model whose weights need not be there.
-      engine_config: ``tensor_parallel_size`` devices hold one copy of the model; they must divide those of the target,
-        which holds as many copies as it has room for.
+      engine_config: ``tensor_parallel_size`` times ``data_parallel_size`` must be the devices of the target.
       workload: None takes the default.
       estimate_kernels: whether to have the compiler estimate the attention kernels, each in a process of its own.
       price_per_hour: of all of the target, in any currency.
@@ -67,14 +71,15 @@ class _DoesNotFit(Exception):
 
 class _Planner:
     def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, target: Target, workload: Workload):
-        devices = engine_config.tensor_parallel_size
-        if len(target.devices) % devices:
+        devices, copies = engine_config.tensor_parallel_size, engine_config.data_parallel_size
+        if devices * copies != len(target.devices):
             raise ConfigError(
-                f"tensor_parallel_size {devices} does not divide the {len(target.devices)} devices of {target.name}"
+                f"tensor_parallel_size {devices} x data_parallel_size {copies} is not the {len(target.devices)} "
+                f"devices of {target.name}"
             )
         self._began = time.perf_counter()
         self._model_config, self._engine_config = model_config, engine_config
-        self._target, self._devices = target, devices
+        self._target, self._devices, self._copies = target, devices, copies
         self._model = whole_model(model_config)
         self._image = usual_image(model_config, workload.image_size)
         self._workload = self._settle(workload)
@@ -92,6 +97,8 @@ class _Planner:
         )
         self._limit = int(target.memory * engine_config.memory_fraction)
         self._figures: list[ProgramFigures] = []
+        self._planned: Programs | None = None
+        self._asked = self._workload.requests or 1
 
     def plan(self, *, estimate_kernels: bool, price_per_hour: float | None, export: bool) -> Plan:
         made = self._made
@@ -102,31 +109,41 @@ class _Planner:
             device_kind=self._target.devices[0].device_kind,
             num_devices=len(self._target.devices),
             tensor_parallel_size=self._devices,
-            data_parallel_size=len(self._target.devices) // self._devices,
+            data_parallel_size=self._copies,
             dtype=str(made.dtype),
             max_model_len=made.context_length,
             max_num_seqs=made.num_slots,
-            workload=self._workload,
+            requests_asked=self._asked,
             image_tokens=None if self._image is None else self._image.tokens,
         )
         try:
-            planned = self._compile_planned(one)
+            planned = self._planned = self._compile_planned(one)
             num_pages = self._num_pages(planned)
+            self._workload = self._within(num_pages * made.page_size)
             arrays = made.arrays(num_pages)
             real = self._compile_real(arrays, export)
         except _DoesNotFit as reason:
             return Plan(
                 **common,
+                workload=self._workload,
                 fits=False,
                 reason=str(reason),
                 remedies=remedies(self._needs(), self._target, str(made.dtype)),
-                memory=self._memory(one, 0, 0),
+                memory=self._memory(one, 0),
                 programs=tuple(self._figures),
                 seconds=time.perf_counter() - self._began,
             )
-        code = memory.code_of_all(made.representatives(one), planned)
-        figures = self._memory(arrays, num_pages, code)
-        self._check_workload(figures)
+        common["workload"] = self._workload
+        figures = self._memory(arrays, num_pages)
+        if self._target.platform != "tpu":
+            return Plan(
+                **common,
+                fits=True,
+                memory=figures,
+                programs=tuple(self._figures),
+                missing=NO_COUNTS,
+                seconds=time.perf_counter() - self._began,
+            )
         estimates = self._estimates(arrays, planned, real, estimate_kernels)
         throughput = self._throughput(estimates, price_per_hour)
         return Plan(
@@ -194,7 +211,10 @@ class _Planner:
     def _compile(self, jobs: list[CompileJob], *, pages: int, saved: Any = None) -> Programs:
         programs = Programs("raise", self._mesh, saved)
         try:
-            programs.compile(jobs, show_progress=self._engine_config.show_progress)
+            with warnings.catch_warnings():
+                # A compiler without devices writes JAX's cache of programs and can't read it.
+                warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+                programs.compile(jobs, show_progress=self._engine_config.show_progress)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -219,8 +239,10 @@ class _Planner:
                 f"may be used; {error}"
             ) from error
 
-    def _memory(self, arrays: DeviceArrays, num_pages: int, code: int) -> Memory:
-        made = self._made
+    def _memory(self, arrays: DeviceArrays, num_pages: int) -> Memory:
+        made, code = self._made, 0
+        if self._planned is not None:
+            code = memory.code_of_all(made.representatives(made.arrays(1)), self._planned)
         page = device_bytes(made.arrays(1).kv_caches)
         temporary = max((x.temp_bytes for x in self._figures if x.name in ("forward", "encode")), default=0)
         return Memory(
@@ -239,8 +261,10 @@ class _Planner:
     def _needs(self) -> Needs:
         made, config = self._made, self._engine_config
         one = made.arrays(1)
-        found = self._figures
-        planned = len({x.name for x in found}) > 1
+        programs = None
+        if self._planned is not None:
+            lying = device_bytes(one.params) + device_bytes(one.encoder_cache)
+            programs = memory.bytes_beside_pages(made, self._planned) - lying
         return Needs(
             model=self._model,
             model_config=self._model_config,
@@ -252,20 +276,14 @@ class _Planner:
             platform=self._target.platform,
             itemsize=made.dtype.itemsize,
             encoder_cache=device_bytes(one.encoder_cache),
-            programs=self._programs_bytes(one) if planned else None,
+            programs=programs,
             limit=self._limit,
         )
 
-    def _programs_bytes(self, one: DeviceArrays) -> int:
-        counts = {x.job.name: x.count for x in self._made.representatives(one)}
-        code = sum(counts.get(x.name, 1) * x.code_bytes for x in self._figures)
-        return code + max(x.temp_bytes for x in self._figures)
-
-    def _check_workload(self, figures: Memory) -> None:
-        requests, length = self._workload.requests or 1, self._prompt_length(self._workload)
-        room = figures.kv_tokens // (length + self._workload.output_tokens)
-        if room < requests:
-            self._workload = dataclasses.replace(self._workload, requests=max(1, room))
+    def _within(self, kv_tokens: int) -> Workload:
+        """The workload with no more requests than the pages hold at a time."""
+        room = kv_tokens // (self._prompt_length(self._workload) + self._workload.output_tokens)
+        return dataclasses.replace(self._workload, requests=max(1, min(self._asked, room)))
 
     # Estimates.
 
@@ -274,7 +292,7 @@ class _Planner:
         decode = real.get(made.decode_job_of(arrays, self._decode_rows))
         forward = real.get(made.forward_job_of(arrays, made.largest_forward))
         mean_keys = self._prompt_length(workload) + workload.output_tokens / 2
-        decode_floor, counted, shapes_keys = self._decode_floor(arrays, decode, mean_keys)
+        decode_floor, counted, shapes_keys = self._decode_floor(arrays, mean_keys)
         return Estimates(
             decode=decode_floor,
             decode_rows=self._decode_rows,
@@ -286,31 +304,21 @@ class _Planner:
             prefill_tokens=made.largest_forward[1],
             encode=self._encode_floor(planned) if self._image is not None else None,
             encode_images=self._encode_count if self._image is not None else 0,
-            kernels=self._kernels() if kernels and self._target.platform == "tpu" else (),
+            kernels=self._kernels() if kernels else (),
         )
 
-    def _decode_floor(self, arrays: DeviceArrays, program: Any, keys: float) -> tuple[Floor, float, float]:
+    def _decode_floor(self, arrays: DeviceArrays, keys: float) -> tuple[Floor, float, float]:
         """The floor, bytes as the compiler counts them, and those among them that are keys and values."""
         made, rows = self._made, self._decode_rows
-        cost = self._count(made.decode_job_of(arrays, rows), program)
+        lowered = Programs("raise", self._mesh).lower(made.decode_job_of(arrays, rows))
+        cost = lowered.compile(compiler_options=NO_PREFETCH).cost_analysis()  # which has each byte once
         full = [costs.paged_decode(*x, made.max_pages) for x in self._attention(arrays, rows)]
         usual = [costs.paged_decode(*x, made.max_pages, keys) for x in self._attention(arrays, rows)]
         counted = cost["bytes accessed"]
-        is_tpu = self._target.platform == "tpu"  # elsewhere XLA counts no operation of kernels, and all of their pages
-        flops = cost["flops"] + sum(x.flops for x in usual) - is_tpu * sum(x.flops for x in full)
-        if is_tpu:
-            total = counted + sum(x.bytes_accessed for x in usual) - sum(x.bytes_accessed for x in full)
-        else:
-            total = _arguments(program) - device_bytes(arrays.kv_caches) + sum(x.bytes_accessed for x in usual)
+        flops = cost["flops"] + sum(x.flops for x in usual) - sum(x.flops for x in full)
+        total = counted + sum(x.bytes_accessed for x in usual) - sum(x.bytes_accessed for x in full)
         floor = floor_of(self._target, bytes=total, flops=flops, sent=self._sent(rows, rows))
         return floor, counted, sum(x.bytes_accessed for x in full)
-
-    def _count(self, job: CompileJob, program: Any) -> Mapping[str, float]:
-        """The compiler's count of operations and bytes, each byte once."""
-        if self._target.platform != "tpu":
-            return program.call.cost_analysis()
-        lowered = Programs("raise", self._mesh).lower(job)
-        return lowered.compile(compiler_options=NO_PREFETCH).cost_analysis()
 
     def _prefill_floor(self, arrays: DeviceArrays, program: Any) -> Floor:
         """Of the largest forward program, filled with prompts of the plan."""
@@ -328,7 +336,7 @@ class _Planner:
             cost = costs.paged_prefill(q, pages, prompts, made.max_pages, length / 2)
             usual += cost.flops
             needed += cost.bytes_accessed
-        flops = program.call.cost_analysis()["flops"] + usual - (self._target.platform == "tpu") * shapes
+        flops = program.call.cost_analysis()["flops"] + usual - shapes
         return floor_of(self._target, bytes=needed, flops=flops, sent=self._sent(num_decode + tokens, requests))
 
     def _encode_floor(self, planned: Programs) -> Floor:
@@ -388,7 +396,7 @@ class _Planner:
 
     def _throughput(self, estimates: Estimates, price_per_hour: float | None) -> Throughput:
         """At the floors: requests of a round are encoded, then computed, then answered token by token."""
-        workload, copies = self._workload, len(self._target.devices) // self._devices
+        workload, copies = self._workload, self._copies
         requests, images = workload.requests or 1, workload.images_per_prompt or 0
         encode = 0.0
         if estimates.encode is not None and images:

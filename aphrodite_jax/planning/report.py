@@ -98,7 +98,13 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All of it. ``reason`` and ``remedies`` are of a plan that does not fit, ``estimates`` of one that does."""
+    """All of it.
+
+    Attributes:
+      workload: with no more requests at a time than the pages hold, of ``requests_asked``.
+      reason, remedies: of a plan that does not fit.
+      estimates, throughput: of one that does; ``missing`` says why there are none.
+    """
 
     model: str
     topology: str
@@ -110,6 +116,7 @@ class Plan:
     max_model_len: int
     max_num_seqs: int
     workload: Workload
+    requests_asked: int
     image_tokens: int | None
     fits: bool
     memory: Memory
@@ -119,6 +126,7 @@ class Plan:
     remedies: tuple[str, ...] = ()
     estimates: Estimates | None = None
     throughput: Throughput | None = None
+    missing: str | None = None
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -184,6 +192,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from _estimate_lines(plan, plan.estimates)
     if plan.throughput is not None:
         yield from _throughput_lines(plan, plan.throughput)
+    if plan.missing is not None:
+        yield ""
+        yield f"missing: {plan.missing}"
     yield ""
     yield f"planned in {plan.seconds:.0f} seconds"
 
@@ -219,10 +230,11 @@ def _throughput_lines(plan: Plan, throughput: Throughput) -> Iterator[str]:
         if not work.images_per_prompt
         else (f"{work.images_per_prompt} image{'s' * (work.images_per_prompt > 1)} of {plan.image_tokens} tokens and ")
     )
+    fewer = f" (of {plan.requests_asked}: the pages hold no more)" if work.requests != plan.requests_asked else ""
     yield ""
     yield "ESTIMATES: at these floors, so at most"
     yield (
-        f"  {work.requests} requests at a time on each copy, each with {image}{work.prompt_tokens} tokens of text, "
+        f"  {work.requests} requests at a time on each copy{fewer}, each with {image}{work.prompt_tokens} tokens of text, "
         f"{work.output_tokens} tokens of answer"
     )
     yield (

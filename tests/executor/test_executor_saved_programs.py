@@ -57,7 +57,7 @@ def answer(runner):
 
 @pytest.fixture
 def nothing_compiles(monkeypatch):
-    def refuse(job, lowered):
+    def refuse(job, lowered, options):
         raise AssertionError(f"{job.name} for {job.key} is compiled")
 
     return lambda: monkeypatch.setattr(programs_module, "_compile", refuse)
@@ -108,7 +108,7 @@ def test_programs_of_another_version_are_told(files, tmp_path, monkeypatch):
     [manifest] = (tmp_path / "programs").glob("*/made_for.json")
     assert json.loads(manifest.read_text())["jax"] == jax.__version__
     monkeypatch.setattr(jax, "__version__", "9.9.9")
-    with pytest.warns(RuntimeWarning, match=rf"jax {jax.__version__} there|jax .* there, 9.9.9 here"):
+    with pytest.warns(RuntimeWarning, match=r"jax \S+ there, 9.9.9 here"):
         start(files, tmp_path / "programs")
 
 
