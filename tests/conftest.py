@@ -1,6 +1,7 @@
 """Strictness for every test: ranks and dtypes never promote in silence, warnings are errors (pyproject)."""
 
 import importlib.metadata
+import json
 import os
 import tempfile
 
@@ -22,6 +23,7 @@ if importlib.metadata.version("jax").startswith("0.10.") and _GIVEN_FLAGS is Non
     os.environ["XLA_FLAGS"] = _HASTE
 
 # ruff: noqa: E402 - what follows reads the environment when it is imported
+import filelock
 import jax
 import llava_files
 import pytest
@@ -55,3 +57,20 @@ def own_architectures(monkeypatch):
 def llava(tmp_path_factory):
     """A LLaVA's files without its weights."""
     return llava_files.write_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def computed_once(tmp_path_factory):
+    """``computed_once(name, compute)``: a JSON value that takes long, computed by one process for all that test."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+
+    def value(name, compute):
+        path = directory / f"{name}.json"
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(compute()))
+        return json.loads(path.read_text())
+
+    return value

@@ -7,6 +7,7 @@ their end already. They keep journals of their own, in files that nobody sees, s
 import dataclasses
 import json
 import tempfile
+import threading
 from collections.abc import Container
 
 from aphrodite_jax.batch.answers import json_line
@@ -21,8 +22,6 @@ __all__ = ["LEAVE", "STOP", "Company"]
 STOP, LEAVE = 1, 2
 """What one process may ask of all: to begin no new rows, and to leave those that run."""
 HELD, DONE = "held", "done"
-READS_WITHIN = 24 * 3600.0
-"""Seconds in which the first process must come to a unit that another is at: they read ahead of what they answer."""
 
 
 class Company:
@@ -66,14 +65,18 @@ class Company:
         if self.leads:
             standing = self._job.standing(indices)
             text = json.dumps({**dataclasses.asdict(standing), "done": sorted(standing.done)})
-        value = json.loads(self._lockstep.told("standing", text))
+        value = json.loads(self._lockstep.told("standing", text) or "")
         return Standing(**{**value, "done": set(value["done"])})
 
-    def take(self, unit: Unit) -> OpenUnit | None:
+    def take(self, unit: Unit, until: threading.Event) -> OpenUnit | None:
         """`PartsJob.take`, as the first process does it.
 
+        Args:
+          until: the first process may come to the unit late, since they read ahead of what they answer; once this is
+            set nobody waits for it any more.
+
         Raises:
-          OutputHeld: another run works on it.
+          OutputHeld: another run works on it, or ``until`` is set.
         """
         if self._lockstep is None:
             return self._job.take(unit)
@@ -84,8 +87,8 @@ class Company:
                 text = DONE if work is None else json.dumps(list(work.settled()))
             except OutputHeld:
                 text = HELD
-        text = self._lockstep.told(what, text, READS_WITHIN)
-        if text == HELD:
+        text = self._lockstep.told(what, text, until)
+        if text is None or text == HELD:
             raise OutputHeld(f"part {unit.index} of {self._job.place}")
         if text == DONE or self.leads:
             return work

@@ -8,8 +8,11 @@ another one, which goes on from their journals.
 import collections
 import contextlib
 import dataclasses
+import os
+import socket
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -133,17 +136,29 @@ def _cluster(ray: Any, options: RayOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
     try:
         with warnings.catch_warnings():
             # Ray's processes begin as forks of this one, in which JAX has threads; they are other programs at once.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            ray.init(address=options.address, include_dashboard=False)
+            ray.init(address=address, include_dashboard=False if address == "local" else None)
     except ConnectionError as error:
-        raise BatchError(f"can't reach a Ray cluster at {options.address or 'RAY_ADDRESS'}: {error}") from error
+        raise BatchError(f"can't reach a Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for minutes, and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise BatchError(f"nobody listens at {address}, where a Ray cluster should be: {error}") from error
 
 
 @contextlib.contextmanager
@@ -168,9 +183,10 @@ def _flag(ray: Any, stop: Stop) -> Iterator[Any]:
 
 def _run_tasks(ray: Any, parts: list[int], of_worker: tuple) -> Iterator[Mapping[str, int]]:
     """Share parts out among the workers; figures of each task that has ended."""
-    from aphrodite_jax.batch.ray_worker import RayWorker, place_worker
+    from aphrodite_jax.batch.ray_worker import RayWorker, free_hosts, place_worker
 
     options: RayOptions = of_worker[2]
+    hosts = f"aphrodite-{uuid.uuid4()}"  # begins the name of hosts that a worker sets aside
     size = max(1, min(MOST_PARTS, len(parts) // (options.workers * TASKS_PER_WORKER)))
     tasks = [{"parts": parts[begin : begin + size]} for begin in range(0, len(parts), size)]
     workers = min(options.workers, len(tasks))
@@ -178,7 +194,7 @@ def _run_tasks(ray: Any, parts: list[int], of_worker: tuple) -> Iterator[Mapping
     context.enable_progress_bars = False  # there is one of the job
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         RayWorker,
-        fn_constructor_args=of_worker,
+        fn_constructor_args=(*of_worker, hosts),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         **place_worker(options),
@@ -190,3 +206,5 @@ def _run_tasks(ray: Any, parts: list[int], of_worker: tuple) -> Iterator[Mapping
             yield {name: int(value) for name, value in told.items()}
     except ray.exceptions.RayError as error:
         raise BatchError(f"Ray could not run the workers: {error}") from error
+    finally:
+        free_hosts(hosts)

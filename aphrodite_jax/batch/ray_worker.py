@@ -2,13 +2,19 @@
 
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from aphrodite_jax.batch.on_ray import RayOptions
@@ -17,7 +23,7 @@ from aphrodite_jax.batch.run_parts import run_parts
 from aphrodite_jax.errors import AphroditeError
 from aphrodite_jax.executor.processes import initialize
 
-__all__ = ["RayWorker", "place_worker"]
+__all__ = ["RayWorker", "free_hosts", "place_worker"]
 
 _POLL = 0.5
 
@@ -25,6 +31,13 @@ _POLL = 0.5
 def place_worker(options: RayOptions) -> dict[str, Any]:
     """Arguments of `Dataset.map_batches` that say where a worker runs; one of several hosts places these itself."""
     return {"num_cpus": 0} if _has_several(options) else _as_arguments(options.resources)
+
+
+def free_hosts(name: str) -> None:
+    """Give back hosts that workers have set aside, whose names begin so."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(name) and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def _has_several(options: RayOptions) -> bool:
@@ -46,13 +59,21 @@ class RayWorker:
     Args:
       job_options, llm_options, options: as for `run_on_ray`.
       flag: an actor that tells when to stop.
+      hosts: begins the name of hosts that this worker sets aside.
     """
 
-    def __init__(self, job_options: Mapping[str, Any], llm_options: Mapping[str, Any], options: RayOptions, flag: Any):
+    def __init__(
+        self,
+        job_options: Mapping[str, Any],
+        llm_options: Mapping[str, Any],
+        options: RayOptions,
+        flag: Any,
+        hosts: str,
+    ):
         self._error: AphroditeError | None = None
         try:
             if _has_several(options):
-                self._run = _start_hosts((job_options, llm_options, flag), options)
+                self._run = _start_hosts((job_options, llm_options, flag), options, f"{hosts}-{uuid.uuid4()}")
             else:
                 self._run = _Host(job_options, llm_options, flag).run
         except AphroditeError as error:
@@ -70,16 +91,16 @@ class RayWorker:
         return {name: np.array([value]) for name, value in told.items()}
 
 
-def _start_hosts(of_host: tuple, options: RayOptions) -> Callable[[list[int]], Mapping[str, int]]:
+def _start_hosts(of_host: tuple, options: RayOptions, name: str) -> Callable[[list[int]], Mapping[str, int]]:
     """Start a process on each of some hosts that are set aside together, and join them; what runs parts on all."""
     if options.tpu_slice is not None:
         from ray.util.tpu import slice_placement_group
 
         version, _, topology = options.tpu_slice.partition(":")
-        group = slice_placement_group(topology, version).placement_group
+        group = slice_placement_group(topology, version, name=name).placement_group
         assert group is not None, "of one slice"
     else:
-        group = placement_group([dict(options.resources)] * options.hosts, strategy="PACK")
+        group = placement_group([dict(options.resources)] * options.hosts, strategy="PACK", name=name)
     hosts = [
         ray.remote(_Host)
         .options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index), **_as_arguments(bundle))

@@ -153,7 +153,7 @@ class RowReader:
             if self._closing.is_set():
                 return
             try:
-                work = self._company.take(unit)
+                work = self._company.take(unit, self._closing)
             except OutputHeld:
                 self._places.release()
                 yield Held(unit)

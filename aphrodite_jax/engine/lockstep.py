@@ -7,6 +7,7 @@ since a step is planned while they run the one before.
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 
 from aphrodite_jax.engine.scheduler import Chunk, Plan
@@ -17,6 +18,8 @@ __all__ = ["Lockstep"]
 
 PATIENCE = 300.0
 """Seconds in which another process must have come to the same step."""
+LOOK = 0.5
+"""Seconds of one look for a text of the first process."""
 DIGEST = 32
 """Characters of a digest that are compared."""
 MAX_SUMMARY = 300
@@ -51,11 +54,11 @@ class Lockstep:
         """Have ``asked`` be at least ``level`` from the next step on, in all processes."""
         self._asked = max(self._asked, level)
 
-    def told(self, what: str, text: str | None = None, patience: float | None = None) -> str:
+    def told(self, what: str, text: str | None = None, until: threading.Event | None = None) -> str | None:
         """A text of the first process, which gives it, for all; all must ask for the same things in the same order.
 
         Args:
-          patience: seconds to wait for it, in the place of the usual.
+          until: how long to wait for it, in the place of the usual patience; None is given once it is set.
 
         Raises:
           LockstepError: the first process does not give it.
@@ -66,8 +69,12 @@ class Lockstep:
             assert text is not None, "the first process tells"
             self._store.put(key, text)
             return text
-        found = self._store.get(key, patience or self._patience)
-        if found is None:
+        # A thread that waits in the store for long could not be ended with the process.
+        found, waited = None, 0.0
+        while found is None and (waited < self._patience if until is None else not until.is_set()):
+            found = self._store.get(key, min(LOOK, self._patience))
+            waited += LOOK
+        if found is None and until is None:
             raise LockstepError(self._missed(self._first, what))
         return found
 

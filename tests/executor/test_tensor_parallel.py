@@ -66,11 +66,14 @@ def run(cases):
 
 
 @pytest.fixture(scope="module")
-def told():
-    names = list(dict.fromkeys(case.split(":")[0] for case in CASES))
-    shares = [[case for case in CASES if case.split(":")[0] in names[i::PROCESSES]] for i in range(PROCESSES)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return {case: found for part in pool.map(run, shares) for case, found in part.items()}
+def told(computed_once):
+    def compute():
+        names = list(dict.fromkeys(case.split(":")[0] for case in CASES))
+        shares = [[case for case in CASES if case.split(":")[0] in names[i::PROCESSES]] for i in range(PROCESSES)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return {case: found for part in pool.map(run, shares) for case, found in part.items()}
+
+    return computed_once("tensor_parallel", compute)
 
 
 def collectives(told, case, *names):
