@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import math
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,21 +16,16 @@ from aphrodite_jax.engine.profiling import media_shapes, media_tokens_per_prompt
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.model_programs import DeviceArrays, ModelPrograms, device_bytes, prefill_tokens
-from aphrodite_jax.executor.programs import CompileJob, Programs
+from aphrodite_jax.executor.programs import CompiledProgram, CompileJob, Programs
 from aphrodite_jax.modeling.sharding import MODEL
 from aphrodite_jax.planning.advice import Needs, remedies
-from aphrodite_jax.planning.floors import Floor, all_gather_bytes, all_reduce_bytes, floor_of
-from aphrodite_jax.planning.kernel_estimates import TILE, KernelEstimate, estimate_attention
-from aphrodite_jax.planning.report import Estimates, Memory, Plan, ProgramFigures, Throughput
+from aphrodite_jax.planning.estimates import Estimator
+from aphrodite_jax.planning.report import Memory, Plan, ProgramFigures
 from aphrodite_jax.planning.shapes import model_on, whole_model
 from aphrodite_jax.planning.targets import Target
-from aphrodite_jax.planning.workload import Workload, usual_image
-from kernels_pallas import costs
+from aphrodite_jax.planning.workload import Workload, prompt_length, usual_image
 
 __all__ = ["make_plan"]
-
-NO_PREFETCH = {"xla_msa_max_outstanding_prefetches": "0"}
-"""With it XLA copies no weight to VMEM ahead of its use, which its count of bytes would have twice."""
 
 NO_COUNTS = (
     "floors and throughput, as JAX's compiler for GPUs that are not there counts no operations and no bytes, and "
@@ -121,7 +116,13 @@ class _Planner:
             num_pages = self._num_pages(planned)
             self._workload = self._within(num_pages * made.page_size)
             arrays = made.arrays(num_pages)
-            real = self._compile_real(arrays, export)
+            estimator = Estimator(made, self._target, self._model_config, self._workload, self._image, arrays)
+            with ThreadPoolExecutor() as pool:
+                is_tpu = self._target.platform == "tpu"
+                count = pool.submit(estimator.decode_count()) if is_tpu else None
+                kernels = pool.submit(estimator.kernels) if is_tpu and estimate_kernels else None
+                real = self._compile_real(arrays, estimator, export)
+                encode = self._encode_program(estimator.encode_job, planned)
         except _DoesNotFit as reason:
             return Plan(
                 **common,
@@ -135,7 +136,7 @@ class _Planner:
             )
         common["workload"] = self._workload
         figures = self._memory(arrays, num_pages)
-        if self._target.platform != "tpu":
+        if count is None:
             return Plan(
                 **common,
                 fits=True,
@@ -144,8 +145,14 @@ class _Planner:
                 missing=NO_COUNTS,
                 seconds=time.perf_counter() - self._began,
             )
-        estimates = self._estimates(arrays, planned, real, estimate_kernels)
-        throughput = self._throughput(estimates, price_per_hour)
+        estimates = estimator.estimates(
+            decode=real.get(estimator.decode_job),
+            decode_count=count.result(),
+            forward=real.get(estimator.forward_job),
+            encode=encode,
+            kernels=() if kernels is None else kernels.result(),
+        )
+        throughput = estimator.throughput(estimates, self._copies, price_per_hour)
         return Plan(
             **common,
             fits=True,
@@ -172,17 +179,13 @@ class _Planner:
                 f"{requests} requests at a time are above max_num_seqs {self._engine_config.max_num_seqs}"
             )
         settled = dataclasses.replace(workload, requests=requests, images_per_prompt=images)
-        length = self._prompt_length(settled) + settled.output_tokens
+        length = prompt_length(settled, self._image) + settled.output_tokens
         if length > self._model_config.context_length:
             raise ConfigError(
                 f"a request of the plan has {length} tokens, above max_model_len {self._model_config.context_length}: "
                 "plan for fewer tokens or smaller images, or raise max_model_len"
             )
         return settled
-
-    def _prompt_length(self, workload: Workload) -> int:
-        image = 0 if self._image is None else self._image.tokens
-        return workload.prompt_tokens + (workload.images_per_prompt or 0) * image
 
     # Compiling.
 
@@ -197,13 +200,10 @@ class _Planner:
             )
         return self._compile([x.job for x in made.representatives(arrays)], pages=1)
 
-    def _compile_real(self, arrays: DeviceArrays, export: bool) -> Programs:
+    def _compile_real(self, arrays: DeviceArrays, estimator: Estimator, export: bool) -> Programs:
         made = self._made
         if not export:
-            return self._compile(
-                [made.decode_job_of(arrays, self._decode_rows), made.forward_job_of(arrays, made.largest_forward)],
-                pages=arrays.num_pages,
-            )
+            return self._compile([estimator.decode_job, estimator.forward_job], pages=arrays.num_pages)
         saved = made.saved_programs(self._model_config, self._engine_config)
         assert saved is not None, "programs_dir says where to export to"
         return self._compile(made.all_jobs(arrays), pages=arrays.num_pages, saved=saved)
@@ -223,9 +223,11 @@ class _Planner:
             self._figures.append(_figures(programs, job, pages))
         return programs
 
-    @property
-    def _decode_rows(self) -> int:
-        return self._made.num_greedy_rows(self._workload.requests or 1)
+    def _encode_program(self, job: CompileJob | None, planned: Programs) -> CompiledProgram | None:
+        """Of images of the plan; they may be smaller than the largest, whose program is there."""
+        if job is None:
+            return None
+        return planned.get(job) if planned.has(job) else self._compile([job], pages=0).get(job)
 
     # Memory.
 
@@ -282,142 +284,8 @@ class _Planner:
 
     def _within(self, kv_tokens: int) -> Workload:
         """The workload with no more requests than the pages hold at a time."""
-        room = kv_tokens // (self._prompt_length(self._workload) + self._workload.output_tokens)
+        room = kv_tokens // (prompt_length(self._workload, self._image) + self._workload.output_tokens)
         return dataclasses.replace(self._workload, requests=max(1, min(self._asked, room)))
-
-    # Estimates.
-
-    def _estimates(self, arrays: DeviceArrays, planned: Programs, real: Programs, kernels: bool) -> Estimates:
-        made, workload = self._made, self._workload
-        decode = real.get(made.decode_job_of(arrays, self._decode_rows))
-        forward = real.get(made.forward_job_of(arrays, made.largest_forward))
-        mean_keys = self._prompt_length(workload) + workload.output_tokens / 2
-        decode_floor, counted, shapes_keys = self._decode_floor(arrays, mean_keys)
-        return Estimates(
-            decode=decode_floor,
-            decode_rows=self._decode_rows,
-            decode_keys=mean_keys,
-            decode_bytes_counted=counted,
-            decode_weights_read=_arguments(decode) - device_bytes(arrays.kv_caches),
-            decode_kv_read_counted=shapes_keys,
-            prefill=self._prefill_floor(arrays, forward),
-            prefill_tokens=made.largest_forward[1],
-            encode=self._encode_floor(planned) if self._image is not None else None,
-            encode_images=self._encode_count if self._image is not None else 0,
-            kernels=self._kernels() if kernels else (),
-        )
-
-    def _decode_floor(self, arrays: DeviceArrays, keys: float) -> tuple[Floor, float, float]:
-        """The floor, bytes as the compiler counts them, and those among them that are keys and values."""
-        made, rows = self._made, self._decode_rows
-        lowered = Programs("raise", self._mesh).lower(made.decode_job_of(arrays, rows))
-        cost = lowered.compile(compiler_options=NO_PREFETCH).cost_analysis()  # which has each byte once
-        full = [costs.paged_decode(*x, made.max_pages) for x in self._attention(arrays, rows)]
-        usual = [costs.paged_decode(*x, made.max_pages, keys) for x in self._attention(arrays, rows)]
-        counted = cost["bytes accessed"]
-        flops = cost["flops"] + sum(x.flops for x in usual) - sum(x.flops for x in full)
-        total = counted + sum(x.bytes_accessed for x in usual) - sum(x.bytes_accessed for x in full)
-        floor = floor_of(self._target, bytes=total, flops=flops, sent=self._sent(rows, rows))
-        return floor, counted, sum(x.bytes_accessed for x in full)
-
-    def _prefill_floor(self, arrays: DeviceArrays, program: Any) -> Floor:
-        """Of the largest forward program, filled with prompts of the plan."""
-        made = self._made
-        num_decode, tokens, requests = made.largest_forward
-        length = self._prompt_length(self._workload)
-        prompts = max(1, tokens // length)
-        shapes, usual = 0.0, 0.0
-        needed = _arguments(program) - device_bytes(arrays.kv_caches)
-        for (q, pages), (q_decode, _) in zip(
-            self._attention(arrays, tokens), self._attention(arrays, num_decode), strict=True
-        ):
-            shapes += costs.paged_prefill(q, pages, requests, made.max_pages).flops
-            shapes += costs.paged_decode(q_decode, pages, made.max_pages).flops
-            cost = costs.paged_prefill(q, pages, prompts, made.max_pages, length / 2)
-            usual += cost.flops
-            needed += cost.bytes_accessed
-        flops = program.call.cost_analysis()["flops"] + usual - shapes
-        return floor_of(self._target, bytes=needed, flops=flops, sent=self._sent(num_decode + tokens, requests))
-
-    def _encode_floor(self, planned: Programs) -> Floor:
-        job = self._encode_job()
-        programs = planned if planned.has(job) else self._compile([job], pages=0)
-        program, made = programs.get(job), self._made
-        rows = len(job.args[3])
-        return floor_of(
-            self._target,
-            bytes=_arguments(program),
-            flops=program.call.cost_analysis()["flops"],
-            sent=all_gather_bytes(rows * made.width * made.dtype.itemsize, self._devices),
-        )
-
-    @property
-    def _encode_count(self) -> int:
-        assert self._image is not None
-        images = (self._workload.requests or 1) * (self._workload.images_per_prompt or 1)
-        return self._made.encode_part(self._image.shapes, images)
-
-    def _encode_job(self) -> CompileJob:
-        assert self._image is not None
-        return self._made.encode_job_of(self._made.arrays(1), self._image.shapes, self._encode_count)
-
-    def _attention(self, arrays: DeviceArrays, rows: int) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
-        """Queries and pages of each layer on one device."""
-        made = self._made
-        heads = self._model_config.hf_text_config.num_attention_heads // self._devices
-        found = []
-        for pages, (_, head_dim) in zip(arrays.kv_caches, made.kv_shapes, strict=True):
-            local = jax.ShapeDtypeStruct(pages.sharding.shard_shape(pages.shape), pages.dtype)
-            found.append((jax.ShapeDtypeStruct((rows, heads, head_dim), made.dtype), local))
-        return found
-
-    def _sent(self, rows: int, logits: int) -> float:
-        """What a run of the decoder sends: two sums a layer and one behind the embedding, and parts of the logits."""
-        made = self._made
-        width = self._model_config.hf_text_config.hidden_size * made.dtype.itemsize
-        sums = (2 * made.num_layers + 1) * all_reduce_bytes(rows * width, self._devices)
-        return sums + all_gather_bytes(logits * made.vocab_size * 4, self._devices)
-
-    def _kernels(self) -> tuple[KernelEstimate, ...]:
-        made, workload = self._made, self._workload
-        kv_heads, head_dim = made.kv_shapes[0]
-        sizes: dict[str, Any] = dict(
-            page_size=made.page_size,
-            heads=self._model_config.hf_text_config.num_attention_heads // self._devices,
-            kv_heads=kv_heads // self._devices,
-            head_dim=head_dim,
-        )
-        length = self._prompt_length(workload)
-        tokens = made.largest_forward[1]
-        rows = min(-(-length // TILE) * TILE, tokens // TILE * TILE)
-        decode = [(length + workload.output_tokens // 2, 1)] * self._decode_rows
-        prefill = [(rows, rows)] * max(1, tokens // rows)
-        return tuple(estimate_attention(self._target, requests=x, **sizes) for x in (decode, prefill))
-
-    def _throughput(self, estimates: Estimates, price_per_hour: float | None) -> Throughput:
-        """At the floors: requests of a round are encoded, then computed, then answered token by token."""
-        workload, copies = self._workload, self._copies
-        requests, images = workload.requests or 1, workload.images_per_prompt or 0
-        encode = 0.0
-        if estimates.encode is not None and images:
-            encode = math.ceil(requests * images / estimates.encode_images) * estimates.encode.seconds
-        tokens = requests * self._prompt_length(workload)
-        prefill = tokens / estimates.prefill_tokens * estimates.prefill.seconds
-        decode = workload.output_tokens * estimates.decode.seconds
-        seconds = encode + prefill + decode
-        images_per_second = copies * requests * images / seconds
-        cost = None
-        if price_per_hour is not None and images_per_second:
-            cost = 1e6 / images_per_second / 3600 * price_per_hour
-        return Throughput(
-            encode_seconds=encode,
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            images_per_second=images_per_second,
-            output_tokens_per_second=copies * requests * workload.output_tokens / seconds,
-            price_per_hour=price_per_hour,
-            cost_per_million_images=cost,
-        )
 
 
 def _figures(programs: Programs, job: CompileJob, pages: int) -> ProgramFigures:
@@ -433,10 +301,6 @@ def _figures(programs: Programs, job: CompileJob, pages: int) -> ProgramFigures:
         argument_bytes=analysis.argument_size_in_bytes,
         output_bytes=analysis.output_size_in_bytes,
     )
-
-
-def _arguments(program: Any) -> int:
-    return program.call.memory_analysis().argument_size_in_bytes
 
 
 def _first_line(error: Exception) -> str:

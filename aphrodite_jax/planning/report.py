@@ -234,8 +234,8 @@ def _throughput_lines(plan: Plan, throughput: Throughput) -> Iterator[str]:
     yield ""
     yield "ESTIMATES: at these floors, so at most"
     yield (
-        f"  {work.requests} requests at a time on each copy{fewer}, each with {image}{work.prompt_tokens} tokens of text, "
-        f"{work.output_tokens} tokens of answer"
+        f"  {work.requests} requests at a time on each copy{fewer}, each with {image}{work.prompt_tokens} tokens of "
+        f"text, {work.output_tokens} tokens of answer"
     )
     yield (
         f"  a round takes {1e3 * throughput.encode_seconds:,.1f} ms to encode, {1e3 * throughput.prefill_seconds:,.1f} "

@@ -14,7 +14,7 @@ from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from aphrodite_jax.multimodal.context import model_class
 
-__all__ = ["UsualImage", "Workload", "usual_image"]
+__all__ = ["UsualImage", "Workload", "prompt_length", "usual_image"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,11 @@ class UsualImage:
 
     tokens: int
     shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def prompt_length(workload: Workload, image: UsualImage | None) -> int:
+    """Tokens of a prompt, those of its images included."""
+    return workload.prompt_tokens + (0 if image is None else (workload.images_per_prompt or 0) * image.tokens)
 
 
 def usual_image(model_config: ModelConfig, size: tuple[int, int]) -> UsualImage | None:

@@ -13,6 +13,7 @@ import pytest
 import transformers
 from flax import nnx
 
+from aphrodite_jax import planning
 from aphrodite_jax.cli import main
 from aphrodite_jax.config import EngineConfig, ModelConfig
 from aphrodite_jax.errors import ConfigError
@@ -31,8 +32,16 @@ pytestmark = pytest.mark.once
 pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'aphrodite-jax[compile]'")
 
 PUBLISHED = Path(__file__).parents[1] / "published"
-FEW_LAYERS = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
+FEW_LAYERS = {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 2}}
 WORK = Workload(requests=4, prompt_tokens=64, output_tokens=128)
+SIDE, IMAGE = 112, 64  # pixels, tokens: kernels for larger images take the compiler half a minute
+SMALL_IMAGES = {
+    "hf_overrides": {**FEW_LAYERS, "vision_config": {**FEW_LAYERS["vision_config"], "image_size": SIDE}},
+    "mm_processor_kwargs": {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}},
+}
+WIDTH, INNER, VOCABULARY = 4096, 11008, 32064
+LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
+TOWER_LAYER = 4 * 1024 * 1024 + 2 * 1024 * 4096
 
 
 def write_model(directory, name, processor):
@@ -55,7 +64,7 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def plan(llava, compiled):
-    """LLaVA-1.5-7B with two layers of each kind, on two of four chips."""
+    """LLaVA-1.5-7B with a decoder layer and two of the tower, a copy on two of four chips each."""
 
     class Kept(Programs):
         def __init__(self, *args, **options):
@@ -66,7 +75,7 @@ def plan(llava, compiled):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(plan_module, "Programs", Kept)
         return make_plan(
-            ModelConfig(model=llava, hf_overrides=FEW_LAYERS, max_model_len=1024),
+            ModelConfig(model=llava, max_model_len=1024, **SMALL_IMAGES),
             EngineConfig(
                 tensor_parallel_size=2, data_parallel_size=2, max_num_seqs=4, max_num_batched_tokens=256,
                 max_encode_items=1, show_progress=False,
@@ -102,25 +111,21 @@ def test_the_memory_adds_up_to_what_may_be_used(plan):
     assert memory.usable == int(0.9 * memory.device)
     # Programs take a little more or less with the real number of pages than with one, by which pages are counted.
     assert -page - 2**26 < memory.usable - used < page + 2**26
-    assert memory.kv_bytes_per_token == 2 * (32 / 2) * 128 * 2 * 2  # layers, heads, width, key and value, bytes
+    assert memory.kv_bytes_per_token == (32 / 2) * 128 * 2 * 2  # heads, width, key and value, bytes
     assert memory.kv_tokens == memory.kv_pages / memory.kv_bytes_per_token
     assert memory.full_requests == memory.kv_tokens // 1024 > 0
 
 
-def test_weights_are_those_of_the_real_model_divided(plan, llava):
-    config = ModelConfig(model=llava, hf_overrides=FEW_LAYERS).hf_config
-    width, inner, vocab = 4096, 11008, 32064
-    layer = 4 * width * width + 3 * width * inner
-    assert config.text_config.num_hidden_layers == 2
-    divided = 2 * (2 * layer + 2 * vocab * width) / 2
-    tower = 2 * 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096)  # whole on each device, as its items are divided
+def test_weights_are_those_of_the_model_divided(plan):
+    divided = 2 * (LAYER + 2 * VOCABULARY * WIDTH) / 2
+    tower = 2 * 2 * TOWER_LAYER  # whole on each device, as its items are divided
     assert divided + tower < plan.memory.weights < 1.1 * (divided + tower)
 
 
 def test_decode_reads_each_weight_and_key_once(plan):
     """By the compiler's own count, with requests that fill their block tables."""
     estimates = plan.estimates
-    embedding = 32064 * 4096 * 2 / 2  # of which a row is read for each request
+    embedding = VOCABULARY * WIDTH * 2 / 2  # of which a row is read for each request
     needed = estimates.decode_weights_read - embedding + estimates.decode_kv_read_counted
     assert needed < estimates.decode_bytes_counted <= 1.15 * needed
     assert estimates.decode_kv_read_counted > 4 * 1024 * plan.memory.kv_bytes_per_token  # and queries
@@ -128,17 +133,16 @@ def test_decode_reads_each_weight_and_key_once(plan):
 
 def test_floors_follow_from_bytes_and_operations(plan):
     target, decode, prefill = find_target("v5e:2x2"), plan.estimates.decode, plan.estimates.prefill
-    assert (plan.estimates.decode_rows, plan.estimates.decode_keys) == (4, 64 + 576 + 64)
+    assert (plan.estimates.decode_rows, plan.estimates.decode_keys) == (4, 64 + IMAGE + 64)
     assert decode.seconds == max(decode.memory_seconds, decode.flops_seconds) + decode.exchange_seconds
     assert decode.memory_seconds == decode.bytes / 819e9 > decode.flops_seconds
     assert prefill.flops_seconds == prefill.flops / target.flops
-    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
     rows = 256 + 4  # of prompts, and of decode beside them
-    products = 2 * (2 * layer * rows + 4096 * 32064 * 4) / 2  # on each of two devices
+    products = 2 * (LAYER * rows + WIDTH * VOCABULARY * 4) / 2  # on each of two devices
     assert products < prefill.flops < 1.1 * products
-    sums = 5 * all_reduce_bytes(4 * 4096 * 2, 2)  # two a layer, one behind the embedding
-    assert decode.sent == sums + all_gather_bytes(4 * 32064 * 4, 2)
-    assert plan.estimates.encode.flops > 2 * 576 * 2 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
+    sums = 3 * all_reduce_bytes(4 * WIDTH * 2, 2)  # two a layer, one behind the embedding
+    assert decode.sent == sums + all_gather_bytes(4 * VOCABULARY * 4, 2)
+    assert plan.estimates.encode.flops > 2 * IMAGE * TOWER_LAYER  # the last layer's output is not wanted
 
 
 def test_the_compiler_estimates_the_attention_kernels(plan):
@@ -153,7 +157,7 @@ def test_the_compiler_estimates_the_attention_kernels(plan):
 def test_throughput_and_cost_follow_from_the_floors(plan):
     found, estimates = plan.throughput, plan.estimates
     assert found.encode_seconds == 4 * estimates.encode.seconds
-    assert found.prefill_seconds == pytest.approx(4 * 640 / 256 * estimates.prefill.seconds)
+    assert found.prefill_seconds == pytest.approx(4 * (64 + IMAGE) / 256 * estimates.prefill.seconds)
     assert found.decode_seconds == 128 * estimates.decode.seconds
     round_seconds = found.encode_seconds + found.prefill_seconds + found.decode_seconds
     assert found.images_per_second == pytest.approx(2 * 4 / round_seconds)  # two copies
@@ -171,14 +175,41 @@ def test_it_is_told_in_words_and_as_json(plan):
     assert [x["name"] for x in found["programs"]] == [x.name for x in plan.programs]
 
 
-# What does not fit.
-
-
 def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(["plan", *map(str, arguments)])
     return status, out.getvalue(), err.getvalue()
+
+
+def test_the_command_passes_its_options_on(plan, llava, monkeypatch):
+    asked = []
+
+    def make_plan(*args, **options):
+        asked.append((*args, options))
+        return plan
+
+    monkeypatch.setattr(planning, "make_plan", make_plan)
+    status, out, _ = run(
+        "--model", llava, "--topology", "v5e:2x4", "--tensor-parallel-size", 4, "--max-num-seqs", 8,
+        "--requests", 3, "--images-per-prompt", 2, "--image-size", "64x32", "--price-per-hour", 2, "--dtype", "float32",
+        "--no-kernel-estimate", "--max-model-len", 512, "--page-size", 32, "--export", "programs", "--json",
+    )  # fmt: skip
+    assert status == 0
+    assert json.loads(out)["topology"] == "v5e:2x2"
+    [(model, engine, target, work, options)] = asked
+    assert (model.model, model.dtype, model.max_model_len, model.limit_for("image")) == (str(llava), "float32", 512, 2)
+    assert (engine.tensor_parallel_size, engine.data_parallel_size) == (4, 2)
+    assert (engine.max_num_seqs, engine.page_size, engine.programs_dir) == (8, 32, "programs")
+    assert (target.name, len(target.devices)) == ("v5e:2x4", 8)
+    assert work == Workload(requests=3, images_per_prompt=2, image_size=(64, 32))
+    assert options == {"estimate_kernels": False, "price_per_hour": 2.0, "export": True}
+    _, out, _ = run("--model", llava, "--topology", "v5e:2x4", "--data-parallel-size", 8)
+    assert asked[1][1].tensor_parallel_size == 1
+    assert "images a second" in out
+
+
+# What does not fit.
 
 
 def test_a_model_too_large_is_told_what_would_hold_it(tmp_path):
@@ -200,7 +231,7 @@ def small(llava, monkeypatch, **options):
 
 
 def test_pages_that_find_no_room_are_told(llava, monkeypatch):
-    found = small(llava, monkeypatch, memory_fraction=0.085)  # of which weights leave a little
+    found = small(llava, monkeypatch, memory_fraction=0.0645)  # of which weights leave a little
     assert not found.fits
     assert "one request of max_model_len 4096 needs" in found.reason
     assert 0 < found.memory.weights < found.memory.usable
