@@ -38,7 +38,7 @@ SLICES = {
     "llava_1.5_7b": ("v5e:2x2", "v5p:1x1x1", "v6e:1x1"),
     "llava_next_34b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"),
     "gemma3_27b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"),
-    "qwen2_5_vl_72b": ("v5e:4x4", "v5p:2x2x1", "v6e:2x4"),
+    "qwen2_5_vl_72b": ("v5e:4x4", "v5e:4x8", "v5p:2x2x1", "v6e:2x4"),
 }
 
 
@@ -95,7 +95,8 @@ def table(lines: Iterable[dict]) -> str:
         "prefill, ms", "images a second", "tokens a second", "CPU seconds",
     )  # fmt: skip
     rows = [head, ["---"] * len(head)]
-    for line in lines:
+    order = [(model, topology) for model, slices in SLICES.items() for topology in slices]
+    for line in sorted(lines, key=lambda line: order.index((line["model"], line["topology"]))):
         found = line["plan"]
         memory, estimates, throughput = found["memory"], found["estimates"], found["throughput"]
         row = [MODELS[line["model"]][0], line["topology"]]

@@ -33,6 +33,7 @@ class MemoryBudget:
     encoder_cache: int
     forward: int
     encode: int
+    others: int
     code: int
     total: int | None
 
@@ -45,13 +46,14 @@ class MemoryBudget:
             encoder_cache=device_bytes(arrays.encoder_cache),
             forward=programs.largest_temp_bytes("forward"),
             encode=programs.largest_temp_bytes("encode"),
+            others=programs.largest_temp_bytes("decode", "sample", "sample_greedy", "store", "prompt_logprobs"),
             code=programs.code_bytes(),
             total=total,
         )
 
     def beside_pages(self, *, code: int) -> int:
-        """Bytes of all but the pages, with ``code`` of programs; forward and encode run one after the other."""
-        return self.weights + self.encoder_cache + code + max(self.forward, self.encode)
+        """Bytes of all but the pages, with ``code`` of programs, which run one after the other."""
+        return self.weights + self.encoder_cache + code + max(self.forward, self.encode, self.others)
 
     def __str__(self) -> str:
         lines = {
@@ -60,6 +62,7 @@ class MemoryBudget:
             "encoder cache": self.encoder_cache,
             "largest forward program": self.forward,
             "largest encode program": self.encode,
+            "largest other program": self.others,
             "code of programs": self.code,
         }
         rows = [f"{name:<24}{_mib(size):>12}" for name, size in lines.items()]

@@ -126,9 +126,9 @@ class Programs:
         ]
         return "\n".join(lines)
 
-    def largest_temp_bytes(self, name: str) -> int:
-        """Device memory of the hungriest program called ``name``, its arguments and results not counted."""
-        return max((program.temp_bytes for program in self._compiled.values() if program.name == name), default=0)
+    def largest_temp_bytes(self, *names: str) -> int:
+        """Device memory of the hungriest program with one of these names, its arguments and results not counted."""
+        return max((program.temp_bytes for program in self._compiled.values() if program.name in names), default=0)
 
     def code_bytes(self) -> int:
         """Device memory of the machine code of all programs."""

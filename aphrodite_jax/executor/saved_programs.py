@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import kernels_pallas
 from aphrodite_jax.config import EngineConfig, ModelConfig
@@ -132,7 +132,8 @@ def identity(
     model_cls: type, dtype: Any, model_config: ModelConfig, engine_config: EngineConfig, mesh: Mesh | None
 ) -> dict[str, str]:
     """All that a model's programs hang on beside their names, buckets and arguments, by name."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    device = devices[0]
     return {
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
@@ -140,7 +141,7 @@ def identity(
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "device": device.device_kind,
-        "mesh": "{}" if mesh is None else f"{dict(mesh.shape)} of {[device.id for device in mesh.devices.flat]}",
+        "devices": str([device.id for device in devices]),
         "model": f"{model_cls.__qualname__} {_digest(model_config.hf_config.to_json_string())}",
         "dtype": str(dtype),
         "options": str((engine_config.max_num_seqs, engine_config.page_size, engine_config.encoder_parallel)),
@@ -176,8 +177,9 @@ def _short(value: str | None) -> str:
 
 
 def _layout(array: Any) -> str:
-    """Where an argument lies; arrays on one device are all alike."""
-    return str(getattr(getattr(array, "sharding", None), "spec", ""))
+    """Where an argument lies; arrays on one device are all alike, on a mesh or not."""
+    sharding = getattr(array, "sharding", None)
+    return str(sharding.spec) if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else ""
 
 
 def _digest(value: Any) -> str:

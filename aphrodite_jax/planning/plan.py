@@ -246,7 +246,7 @@ class _Planner:
         if self._planned is not None:
             code = memory.code_of_all(made.representatives(made.arrays(1)), self._planned)
         page = device_bytes(made.arrays(1).kv_caches)
-        temporary = max((x.temp_bytes for x in self._figures if x.name in ("forward", "encode")), default=0)
+        temporary = max((x.temp_bytes for x in self._figures), default=0)
         return Memory(
             device=self._target.memory,
             usable=self._limit,

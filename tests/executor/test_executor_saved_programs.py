@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from jax.sharding import Mesh
 
 from aphrodite_jax import LLM
 from aphrodite_jax.config import EngineConfig, ModelConfig, shipped_model_path
@@ -42,11 +43,11 @@ def files(tmp_path):
     return tmp_path / "model"
 
 
-def start(files, directory, **config):
+def start(files, directory, mesh=None, **config):
     model = MistralForCausalLM(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
     options = EngineConfig(max_num_seqs=1, programs_dir=directory, on_recompile="raise")
     model_config = ModelConfig(model=files, hf_overrides=config)
-    return ModelRunner(model, model_config, options, media_budget=0, max_num_batched_tokens=16)
+    return ModelRunner(model, model_config, options, media_budget=0, max_num_batched_tokens=16, mesh=mesh)
 
 
 def answer(runner):
@@ -76,6 +77,14 @@ def test_a_second_start_compiles_nothing_and_answers_alike(files, tmp_path, noth
         return [dataclasses.replace(x, call=len, seconds=0) for x in runner.programs.table()]
 
     assert sizes(again) == sizes(first)
+
+
+def test_programs_of_a_mesh_of_one_device_serve_that_device(files, tmp_path, nothing_compiles):
+    """A plan is always for a mesh."""
+    device = Mesh(np.array(jax.devices()[:1]), ("model",))
+    expected = answer(start(files, tmp_path / "programs", device))
+    nothing_compiles()
+    jax.tree.map(np.testing.assert_array_equal, answer(start(files, tmp_path / "programs")), expected)
 
 
 def test_a_start_of_the_engine_reads_what_another_left(tmp_path, nothing_compiles):
