@@ -1,19 +1,23 @@
 """A batch job of many rows with images: its memory as it goes on, and its rows a second beside `LLM.generate`.
 
-    python benchmarks/batch_rows.py                    # 100,000 rows, about an hour on two cores
+    python benchmarks/batch_rows.py                    # 100,000 rows, about a quarter of an hour on two cores
     python benchmarks/batch_rows.py --rows 5000
 
 The model that ships answers a JSONL file whose rows each name one of a few hundred small pictures and ask a short
-question; answers are greedy and a few tokens long. The job goes through one engine to a directory of parts; the same
-engine then generates for the same rows, given as a list whose prompts are rendered already, with its caches emptied in
-between. Memory is the resident set of the process, every 1,000 rows. The last line of stdout is the result as JSON.
+question; answers are greedy and a few tokens long. The job goes through one engine to a directory of parts, a tenth of
+them at a time; after each tenth the same engine generates for the same rows, given as a list whose prompts are rendered
+already, so that both meet the same moods of the machine. The engine's caches are emptied before each. Memory is the
+resident set of the process, every 1,000 rows of the job. The last line of stdout is the result as JSON.
 """
 
 import argparse
+import collections
+import itertools
 import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +25,11 @@ from PIL import Image
 from workers import machine, say
 
 from aphrodite_jax import LLM, SamplingParams
-from aphrodite_jax.batch import open_parts, run_parts
+from aphrodite_jax.batch import PartsJob, open_parts, run_parts
 
 SAMPLED_EVERY = 1000
 WARM_UP_ROWS = 256
+TURNS = 10
 QUESTIONS = ("What is this?", "What color is it?", "Is it a circle?", "Which digit is this?")
 
 
@@ -38,17 +43,31 @@ def main() -> None:
     parser.add_argument("--without-generate", action="store_true", help="run the job alone")
     options = parser.parse_args()
     llm = LLM(max_num_seqs=options.max_num_seqs, max_model_len=128, show_progress=False)
+    seconds, cpu_seconds, memory = collections.Counter(), collections.Counter(), [(0, rss_mib())]
     with tempfile.TemporaryDirectory(prefix="batch-rows-") as directory:
         pictures = write_pictures(Path(directory), options.images)
-        run_job(llm, Path(directory) / "warm-up", pictures, WARM_UP_ROWS, options.max_tokens)
-        generate(llm, pictures, WARM_UP_ROWS, options.max_tokens)
-        began = time.process_time()
-        report, memory = run_job(llm, Path(directory) / "job", pictures, options.rows, options.max_tokens)
-        rates, cpu_seconds = {"job": report.rows / report.seconds}, {"job": time.process_time() - began}
-        if not options.without_generate:
+        warm_up = make_job(llm, Path(directory) / "warm-up", pictures, WARM_UP_ROWS, options.max_tokens)
+        run_parts(llm, warm_up, show_progress=False)
+        generate(llm, pictures, range(WARM_UP_ROWS), options.max_tokens)
+        job = make_job(llm, Path(directory) / "job", pictures, options.rows, options.max_tokens)
+        sample_memory(job, memory)
+        failed = 0
+        for turn in range(TURNS):
+            units = range(turn * job.num_units // TURNS, (turn + 1) * job.num_units // TURNS)
+            rows = [row for unit in job.units(units) for row in range(unit.first_row, unit.first_row + unit.num_rows)]
+            llm.engine.reset_caches()
             began = time.process_time()
-            rates["generate"] = options.rows / generate(llm, pictures, options.rows, options.max_tokens)
-            cpu_seconds["generate"] = time.process_time() - began
+            report = run_parts(llm, job, units, show_progress=False)
+            cpu_seconds["job"] += time.process_time() - began
+            seconds["job"] += report.seconds
+            failed += report.failed
+            if rows and not options.without_generate:
+                began = time.process_time()
+                seconds["generate"] += generate(llm, pictures, rows, options.max_tokens)
+                cpu_seconds["generate"] += time.process_time() - began
+        if not job.finish() or failed:
+            raise RuntimeError(f"the job is not complete: {failed} rows failed")
+    rates = {name: options.rows / value for name, value in seconds.items()}
     print(f"{'rows':>9} {'MiB':>7}")
     for rows, mib in memory[:: max(1, len(memory) // 10)]:
         print(f"{rows:9} {mib:7.1f}")
@@ -59,7 +78,6 @@ def main() -> None:
         "benchmark": "batch_rows",
         "rows": options.rows,
         "images": options.images,
-        "answered": report.answered,
         "rows_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "job_over_generate": round(rates["job"] / rates["generate"], 3) if "generate" in rates else None,
         "rss_mib": {
@@ -106,42 +124,40 @@ def write_rows(path: Path, pictures: list[Path], rows: int, max_tokens: int) -> 
     return path
 
 
-def run_job(llm: LLM, directory: Path, pictures: list[Path], rows: int, max_tokens: int):
-    """The report of a job, and MiB of memory by rows that were answered."""
+def make_job(llm: LLM, directory: Path, pictures: list[Path], rows: int, max_tokens: int) -> PartsJob:
+    """A job of so many rows in a directory of its own."""
     directory.mkdir()
     requests = write_rows(directory / "requests.jsonl", pictures, rows, max_tokens)
     began = time.monotonic()
     job = open_parts(requests, directory / "answers", model_config=llm.model_config)
     say(f"{rows} rows: the job was made in {time.monotonic() - began:.1f} s")
-    memory: list[tuple[int, float]] = [(0, rss_mib())]
-    record, count = job.source.record, 0
+    return job
 
-    def counted(row, output):
-        nonlocal count
-        count += 1
+
+def sample_memory(job: PartsJob, memory: list[tuple[int, float]]) -> None:
+    """Note rows that were answered and MiB, as the job goes on."""
+    record, counted = job.source.record, itertools.count(1)
+
+    def noted(row, output):
+        count = next(counted)
         if count % SAMPLED_EVERY == 0:
             memory.append((count, rss_mib()))
         return record(row, output)
 
-    job.source.record = counted
-    llm.engine.reset_caches()
-    report = run_parts(llm, job)
-    if not job.finish() or report.failed:
-        raise RuntimeError(f"the job is not complete: {report}")
-    return report, memory
+    job.source.record = noted
 
 
-def generate(llm: LLM, pictures: list[Path], rows: int, max_tokens: int) -> float:
-    """Seconds that `LLM.generate` takes for the rows."""
+def generate(llm: LLM, pictures: list[Path], rows: Sequence[int], max_tokens: int) -> float:
+    """Seconds that `LLM.generate` takes for some rows."""
     rendered = [llm.render_chat(messages(pictures, row)) for row in range(len(QUESTIONS))]
     prompts = []
-    for row in range(rows):
+    for row in rows:
         image = {"image": [str(pictures[row // 2 % len(pictures)])]}
         prompts.append({**rendered[row % len(QUESTIONS)], "multi_modal_data": image})
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     llm.engine.reset_caches()
     began = time.monotonic()
-    llm.generate(prompts, params, on_error="raise")
+    llm.generate(prompts, params, on_error="raise", use_tqdm=False)
     return time.monotonic() - began
 
 

@@ -2,8 +2,8 @@
 
 Rows of successive units flow into one engine without a gap. Threads prepare prompts ahead of the device; those that
 are ready make a window, whose prompts go to the engine sorted by shape while the next are prepared. What came to its
-end in a step is written while the device runs the next: a thread of its own adds it to the journals of the units, and
-puts units in place that have no rows left.
+end is written while the device runs on: a thread of its own adds it to the journals of the units, and puts units in
+place that have no rows left.
 
 Processes that serve one model together (`batch.company`) do all this alike: what hangs on threads they wait for.
 """
@@ -44,8 +44,10 @@ WINDOW_BYTES = 512 * 2**20
 """Bytes of media that prepared prompts may hold in all, but for those of the requests that one step can take."""
 STOPS_WITHIN = 25.0
 """Seconds for rows that run when the run is told to stop."""
+WRITTEN_EVERY = 0.1
+"""Seconds that an answer may wait for others: they go to the writing thread together, which wakes less often."""
 WRITES_AHEAD = 64
-"""Steps whose rows may wait for being written."""
+"""Groups of rows that may wait for being written."""
 _POLL = 0.05
 
 
@@ -156,6 +158,7 @@ class _Run:
         self.window: collections.deque[tuple[PreparedPrompt, _Pending]] = collections.deque()
         self.in_flight: dict[str, _Pending] = {}
         self.ended: list[_Ended] = []
+        self.written_at = -WRITTEN_EVERY
         self.open: dict[int, OpenUnit] = {}
         self.held: set[int] = set()
         self.writer = ThreadPoolExecutor(1, "write rows")
@@ -176,6 +179,7 @@ class _Run:
         try:
             while self._step():
                 pass
+            self._write_later()
             self._take_notice(0)
         finally:
             self._close()
@@ -193,7 +197,8 @@ class _Run:
         if self.deadline is None:
             self._prepare()
             self._hand_over()
-        self._write_later()
+        if not self.in_flight or time.monotonic() > self.written_at + WRITTEN_EVERY:
+            self._write_later()
         self._check_failures()
         self._take_notice(WRITES_AHEAD)
         if self.in_flight:
@@ -203,8 +208,6 @@ class _Run:
             # Who could join the next step waits no longer for several of decode.
             joins = more and self.deadline is None and len(self.in_flight) < self.max_seqs
             self._collect(self.llm.engine.step(1 if joins else MAX_DECODE_STEPS))
-            self._write_later()
-            self._check_failures()
             return True
         if self.deadline is not None:
             return False
@@ -228,7 +231,8 @@ class _Run:
     def _prepare(self) -> None:
         """Take rows over until enough prompts are being prepared."""
         fits = int(WINDOW_BYTES / self.mean_bytes) if self.mean_bytes else self.window_rows
-        rows = max(self.max_seqs, min(self.window_rows, fits - len(self.window)))
+        # As the window goes to the engine the next one is prepared, evenly: threads take their time from the engine.
+        rows = max(self.max_seqs, min(self.window_rows, fits) - len(self.window))
         while len(self.preparing) < rows and (item := self._next()) is not None:
             self._take_over(item)
 
@@ -256,7 +260,7 @@ class _Run:
 
     def _prepare_row(self, work: OpenUnit, row: Row) -> None:
         if isinstance(row.request, Refusal):
-            self.ended.append(_Ended(work=work, row=row, end=row.request))
+            self._end(_Ended(work=work, row=row, end=row.request))
             return
         prompt = self.llm.prepare_later(functools.partial(self.make_prompt, row.request))
         request = dataclasses.replace(row.request, source=None)  # which may be large
@@ -275,7 +279,7 @@ class _Run:
             try:
                 self.llm.engine.add_prepared(request_id, prompt, pending.request.sampling_params, incremental=False)
             except Exception as error:  # what a row brings about is that row's failure, and written
-                self.ended.append(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
+                self._end(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
             else:
                 self.in_flight[request_id] = pending
 
@@ -287,7 +291,7 @@ class _Run:
             try:
                 ready.append((prompt.result(), pending))
             except Exception as error:
-                self.ended.append(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
+                self._end(_Ended(work=pending.work, row=pending.row, end=refusal_of(error)))
         for prompt, _ in ready:
             self.mean_bytes += (num_bytes(prompt) - self.mean_bytes) / self.window_rows
         self.window.extend(sorted_by_shape(ready))
@@ -302,17 +306,20 @@ class _Run:
             if output.finished:
                 pending = self.in_flight.pop(output.request_id)
                 end = output if output.error is None else refusal_of(output.error)
-                self.ended.append(_Ended(work=pending.work, row=pending.row, end=end))
+                self._end(_Ended(work=pending.work, row=pending.row, end=end))
+
+    def _end(self, ended: _Ended) -> None:
+        self.ended.append(ended)
+        if isinstance(ended.end, Refusal):
+            self.num_failed += 1
+            self.last_failure = f"the last one: row {ended.row.number}, {ended.end}"
 
     def _write_later(self) -> None:
         """Give rows that came to their end to the writing thread."""
         if self.ended:
             ended, self.ended = self.ended, []
             self.writing.append(self.writer.submit(self._write, ended))
-            for one in ended:
-                if isinstance(one.end, Refusal):
-                    self.num_failed += 1
-                    self.last_failure = f"the last one: row {one.row.number}, {one.end}"
+            self.written_at = time.monotonic()
 
     def _write(self, ended: Sequence[_Ended]) -> _Written:
         """Add rows to the journals of their units, in the writing thread."""

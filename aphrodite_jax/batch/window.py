@@ -16,17 +16,15 @@ def sorted_by_shape(entries: Sequence[tuple[PreparedPrompt, T]]) -> list[tuple[P
     Media of one shape are encoded in one program, and prompts of about one length fill a step better. Prompts with the
     same media are kept together, so that their media are encoded once and their common pages are found.
     """
+    hashes = [tuple(item.content_hash for item in prompt.media) for prompt, _ in entries]
     longest: dict[Any, int] = {}
-    for prompt, _ in entries:
-        media = _hashes(prompt)
+    for media, (prompt, _) in zip(hashes, entries, strict=True):
         longest[media] = max(longest.get(media, 0), len(prompt.token_ids))
-
-    def key(entry: tuple[PreparedPrompt, T]):
-        prompt = entry[0]
-        media, length = _hashes(prompt), len(prompt.token_ids)
-        return _shapes(prompt), longest[media] if media else length, media, length
-
-    return sorted(entries, key=key)
+    keys = []
+    for number, (media, (prompt, _)) in enumerate(zip(hashes, entries, strict=True)):
+        length = len(prompt.token_ids)
+        keys.append((_shapes(prompt), longest[media] if media else length, media, length, number))
+    return [entries[number] for *_, number in sorted(keys)]
 
 
 def num_bytes(prompt: PreparedPrompt) -> int:
@@ -35,10 +33,6 @@ def num_bytes(prompt: PreparedPrompt) -> int:
     return sum(array.nbytes for array in arrays) + sum(
         item.embeds.nbytes for item in prompt.media if item.embeds is not None
     )
-
-
-def _hashes(prompt: PreparedPrompt) -> tuple[str, ...]:
-    return tuple(item.content_hash for item in prompt.media)
 
 
 def _shapes(prompt: PreparedPrompt) -> tuple:
