@@ -314,7 +314,7 @@ class PartsJob:
                     f"parts/{part}", lambda file: self.source.write_part(unit, work.records(), file)
                 )
             if work.num_failed:
-                self._storage.write_with(f"errors/{name}.jsonl", lambda file: _write_lines(file, work.failures()))
+                self._storage.write_with(f"errors/{name}.jsonl", lambda file: file.writelines(work.failures()))
             mark = {
                 "part": part,
                 "first_row": unit.first_row,
@@ -415,7 +415,9 @@ def _make(source: Source, storage: Storage, identity: Mapping[str, Any]) -> None
     storage.write("job.json", json.dumps(identity, indent=2, sort_keys=True).encode() + b"\n")
     storage.write_with(
         "units.jsonl",
-        lambda file: _write_lines(file, map(dataclasses.asdict, _checked(source.units(identity["rows_per_part"])))),
+        lambda file: file.writelines(
+            json_line(dataclasses.asdict(unit)) for unit in _checked(source.units(identity["rows_per_part"]))
+        ),
     )
 
 
@@ -426,8 +428,3 @@ def _checked(units: Iterable[Unit]) -> Iterator[Unit]:
             raise RuntimeError(f"unit {number} must begin at row {next_row}, got {unit}")
         next_row += unit.num_rows
         yield unit
-
-
-def _write_lines(file: Any, values: Iterable[Any]) -> None:
-    for value in values:
-        file.write(json_line(value))

@@ -12,6 +12,7 @@ from batch_forms_files import asked, check_units, options, picture, read, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aphrodite_jax.batch.answers import json_line
 from aphrodite_jax.batch.sources import RemoteFile, Unit, open_source
 from aphrodite_jax.errors import BatchError
 
@@ -305,7 +306,7 @@ def written(records):
     """The bytes of a part."""
     file = io.BytesIO()
     source = object.__new__(_class())
-    source.write_part(Unit(index=0, first_row=0, num_rows=len(records), where={}), iter(records), file)
+    source.write_part(Unit(index=0, first_row=0, num_rows=len(records), where={}), map(json_line, records), file)
     return file.getvalue()
 
 

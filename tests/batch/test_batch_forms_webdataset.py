@@ -13,6 +13,7 @@ from batch_forms_files import asked, check_units, options, picture, read, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aphrodite_jax.batch.answers import json_line
 from aphrodite_jax.batch.sources import Unit, open_source, webdataset
 from aphrodite_jax.errors import BatchError
 
@@ -338,7 +339,7 @@ def test_tars_elsewhere(tmp_path):
 def written(records):
     file = io.BytesIO()
     source = object.__new__(webdataset.WebDatasetSource)
-    source.write_part(Unit(index=0, first_row=0, num_rows=len(records), where={}), iter(records), file)
+    source.write_part(Unit(index=0, first_row=0, num_rows=len(records), where={}), map(json_line, records), file)
     return file.getvalue()
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from parts_processes import run_command, run_share
 
 from aphrodite_jax.batch import open_parts, reader, run_parts
+from aphrodite_jax.batch.answers import json_line
 from aphrodite_jax.batch.sources.jsonl import JsonlSource
 from aphrodite_jax.errors import BatchError
 
@@ -64,6 +65,13 @@ def job(tmp_path):
     return run
 
 
+NO_LINES = [
+    b"", b"\0" * 9, b"x\n", b'{"row":3}\n', b'{"row":99,"failure":{}}\n', b'{"record":{},"row":3}\n',
+    b'{"row": 3, "record": {}}\n',
+]  # fmt: skip
+"""What a journal may end with that no run writes."""
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(data=st.data())
 def test_whatever_was_written_it_goes_on(job, tmp_path, data):
@@ -86,10 +94,12 @@ def test_whatever_was_written_it_goes_on(job, tmp_path, data):
                 path.unlink()
         (output / "done" / f"{name}.json").unlink()
         lines = data.draw(st.permutations(lines))
-        journal = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        journal = b"".join(map(json_line, lines))
         journal = journal[: data.draw(st.integers(0, len(journal)))]
         journal += data.draw(
-            st.sampled_from([b"", b"\0" * 9, b'{"row": 3}\n', b'{"row": 99, "failure": {}}\n', b"x\n"])
+            st.sampled_from(
+                [b"", b"\0" * 9, b'{"row":3}\n', b'{"row":99,"failure":{}}\n', b'{"record":{},"row":3}\n', b"x\n"]
+            )
         )
         (output / "journal").mkdir(exist_ok=True)
         (output / "journal" / f"{name}.jsonl").write_bytes(journal)

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, ClassVar
 
-from aphrodite_jax.batch.answers import json_line
 from aphrodite_jax.batch.body import derive_seed
 from aphrodite_jax.batch.refusal import Refusal
 from aphrodite_jax.batch.requests import BatchRequest, Defaults
@@ -176,7 +175,10 @@ class Source(abc.ABC):
             "completion_tokens": len(answer.token_ids),
         }
 
-    def write_part(self, unit: Unit, records: Iterable[Mapping[str, Any]], file: BinaryIO) -> None:
-        """Write the records of a unit's answered rows, in their order, to an open file; JSON lines by default."""
-        for record in records:
-            file.write(json_line(record))
+    def write_part(self, unit: Unit, records: Iterable[bytes], file: BinaryIO) -> None:
+        """Write the records of a unit's answered rows to an open file: as they come, lines of JSON, by default.
+
+        Args:
+          records: lines of JSON, in the order of the rows.
+        """
+        file.writelines(records)

@@ -8,6 +8,7 @@ in the same file: a Parquet file can only be decoded from the start of a row gro
 import abc
 import collections
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -143,11 +144,11 @@ class TableSource(Source):
                 raise
             self._kept.append(reader)
 
-    def write_part(self, unit: Unit, records: Iterable[Mapping[str, Any]], file: BinaryIO) -> None:
+    def write_part(self, unit: Unit, records: Iterable[bytes], file: BinaryIO) -> None:
         """Write a Parquet file with the fields of a record as columns."""
         with pq.ParquetWriter(file, _PART) as writer:
             rows = []
-            for record in records:
+            for record in map(json.loads, records):
                 if set(record) != set(_PART.names):
                     raise ValueError(f"a record has {', '.join(_PART.names)}; got {', '.join(record)}")
                 rows.append(record)

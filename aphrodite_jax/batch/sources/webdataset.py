@@ -18,12 +18,12 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from aphrodite_jax.batch.refusal import Refusal, shorten
 from aphrodite_jax.batch.sources import IMAGE_SUFFIXES
-from aphrodite_jax.batch.sources.base import Row, RowOptions, Source, Unit, json_line
+from aphrodite_jax.batch.sources.base import Row, RowOptions, Source, Unit
 from aphrodite_jax.batch.sources.shards import PROMPT_NAMES, Shards, find_shards, in_order, reason_of
 from aphrodite_jax.errors import BatchError
 
@@ -108,18 +108,19 @@ class WebDatasetSource(Source):
             raise
         self._keep(reader)
 
-    def write_part(self, unit: Unit, records: Iterable[Mapping[str, Any]], file: BinaryIO) -> None:
+    def write_part(self, unit: Unit, records: Iterable[bytes], file: BinaryIO) -> None:
         """Write a tar with a member ``<key>.json`` for each record.
 
         The key is the row's name. Where that can't be a key, or is that of the record before, it is the row's number.
         """
         before = None
         with tarfile.open(fileobj=file, mode="w") as tar:
-            for record in records:
+            for data in records:
+                record = json.loads(data)
                 key = record["id"]
                 if not _is_key(key) or key == before:
                     key = f"{record['row']:09d}"
-                before, data = key, json_line(record)
+                before = key
                 member = tarfile.TarInfo(f"{key}.json")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
