@@ -92,7 +92,7 @@ def table(lines: Iterable[dict]) -> str:
     """Rows of Markdown."""
     head = (
         "model", "slice", "weights", "code", "hungriest program", "encoder cache", "KV tokens", "decode, ms",
-        "prefill, ms", "images a second", "tokens a second", "CPU seconds",
+        "bytes of it", "prefill, ms", "images a second", "tokens a second", "CPU seconds",
     )  # fmt: skip
     rows = [head, ["---"] * len(head)]
     order = [(model, topology) for model, slices in SLICES.items() for topology in slices]
@@ -102,15 +102,17 @@ def table(lines: Iterable[dict]) -> str:
         row = [MODELS[line["model"]][0], line["topology"]]
         row += [f"{memory[name] / 2**30:.2f}" for name in ("weights", "code", "temporary", "encoder_cache")]
         if found["fits"]:
+            needed = estimates["decode_weights_read"] + estimates["decode_kv_read_counted"]
             row += [
                 f"{memory['kv_tokens']:,}",
                 f"{1e3 * estimates['decode']['seconds']:.1f}",
+                f"{estimates['decode_bytes_counted'] / needed:.3f}",
                 f"{1e3 * estimates['prefill']['seconds']:.1f}",
                 f"{throughput['images_per_second']:.1f}",
                 f"{throughput['output_tokens_per_second']:,.0f}",
             ]
         else:
-            row += ["does not fit", "-", "-", "-", "-"]
+            row += ["does not fit", *"-----"]
         rows.append([*row, f"{line['cpu_seconds']:.0f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

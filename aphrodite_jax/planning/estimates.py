@@ -31,7 +31,7 @@ class Estimator:
       made: the model's programs.
       workload: with all its fields filled in.
       image: what becomes of an image of the workload; None for a model that takes none.
-      arrays: shapes of what stays on the devices.
+      arrays: shapes of what stays on the devices, as the programs are compiled for.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class Estimator:
         if self._image is None:
             return None
         return self._made.encode_job_of(self._arrays, self._image.shapes, self._encoded)
+
+    @property
+    def jobs(self) -> list[CompileJob]:
+        """All of them; the one for images is often the largest, which is there already."""
+        return [job for job in (self.decode_job, self.forward_job, self.encode_job) if job is not None]
 
     @property
     def _encoded(self) -> int:

@@ -16,7 +16,7 @@ from aphrodite_jax.engine.profiling import media_shapes, media_tokens_per_prompt
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor import memory
 from aphrodite_jax.executor.model_programs import DeviceArrays, ModelPrograms, device_bytes, prefill_tokens
-from aphrodite_jax.executor.programs import CompiledProgram, CompileJob, Programs
+from aphrodite_jax.executor.programs import CompileJob, Programs
 from aphrodite_jax.modeling.sharding import MODEL
 from aphrodite_jax.planning.advice import Needs, remedies
 from aphrodite_jax.planning.estimates import Estimator
@@ -27,6 +27,8 @@ from aphrodite_jax.planning.workload import Workload, prompt_length, usual_image
 
 __all__ = ["make_plan"]
 
+PROGRAMS_TAKE = 0.05
+"""Of a device's memory, what programs are taken to need until they are compiled."""
 NO_COUNTS = (
     "floors and throughput, as JAX's compiler for GPUs that are not there counts no operations and no bytes, and "
     "estimates no kernel"
@@ -97,7 +99,7 @@ class _Planner:
 
     def plan(self, *, estimate_kernels: bool, price_per_hour: float | None, export: bool) -> Plan:
         made = self._made
-        one = made.arrays(1)
+        assumed = made.arrays(1 if export else self._assumed_pages())  # programs to be kept are for the engine's pages
         common: dict[str, Any] = dict(
             model=self._model_config.model,
             topology=self._target.name,
@@ -112,17 +114,20 @@ class _Planner:
             image_tokens=None if self._image is None else self._image.tokens,
         )
         try:
-            planned = self._planned = self._compile_planned(one)
+            planned, compiled_for = self._compile_planned(assumed)
+            self._planned = planned
             num_pages = self._num_pages(planned)
             self._workload = self._within(num_pages * made.page_size)
             arrays = made.arrays(num_pages)
-            estimator = Estimator(made, self._target, self._model_config, self._workload, self._image, arrays)
+            if export:
+                compiled_for = arrays
+            estimator = Estimator(made, self._target, self._model_config, self._workload, self._image, compiled_for)
             with ThreadPoolExecutor() as pool:
                 is_tpu = self._target.platform == "tpu"
                 count = pool.submit(estimator.decode_count()) if is_tpu else None
                 kernels = pool.submit(estimator.kernels) if is_tpu and estimate_kernels else None
-                real = self._compile_real(arrays, estimator, export)
-                encode = self._encode_program(estimator.encode_job, planned)
+                programs = self._export(arrays) if export else planned
+                self._compile(estimator.jobs, compiled_for, programs)
         except _DoesNotFit as reason:
             return Plan(
                 **common,
@@ -130,7 +135,7 @@ class _Planner:
                 fits=False,
                 reason=str(reason),
                 remedies=remedies(self._needs(), self._target, str(made.dtype)),
-                memory=self._memory(one, 0),
+                memory=self._memory(assumed, 0),
                 programs=tuple(self._figures),
                 seconds=time.perf_counter() - self._began,
             )
@@ -146,10 +151,10 @@ class _Planner:
                 seconds=time.perf_counter() - self._began,
             )
         estimates = estimator.estimates(
-            decode=real.get(estimator.decode_job),
+            decode=programs.get(estimator.decode_job),
             decode_count=count.result(),
-            forward=real.get(estimator.forward_job),
-            encode=encode,
+            forward=programs.get(estimator.forward_job),
+            encode=None if estimator.encode_job is None else programs.get(estimator.encode_job),
             kernels=() if kernels is None else kernels.result(),
         )
         throughput = estimator.throughput(estimates, self._copies, price_per_hour)
@@ -189,8 +194,20 @@ class _Planner:
 
     # Compiling.
 
-    def _compile_planned(self, arrays: DeviceArrays) -> Programs:
-        """What the engine compiles at its start to know how much is left for pages."""
+    def _assumed_pages(self) -> int:
+        """About as many pages as there will be."""
+        one = self._made.arrays(1)
+        room = self._engine_config.kv_cache_memory
+        if room is None:
+            programs = int(PROGRAMS_TAKE * self._target.memory)
+            room = self._limit - programs - device_bytes(one.params) - device_bytes(one.encoder_cache)
+        return max(1, room // device_bytes(one.kv_caches))
+
+    def _compile_planned(self, arrays: DeviceArrays) -> tuple[Programs, DeviceArrays]:
+        """The largest program of each kind, which tell how much is left for pages, and what they are compiled for.
+
+        The engine compiles them for one page at its start; as many as there will be spare a plan compiling them again.
+        """
         made = self._made
         fixed = device_bytes(arrays.params) + device_bytes(arrays.encoder_cache)
         if fixed > self._limit:
@@ -198,36 +215,34 @@ class _Planner:
                 f"weights and encoder cache take {_gib(fixed)} of a device, of whose {_gib(self._target.memory)} "
                 f"{_gib(self._limit)} may be used"
             )
-        return self._compile([x.job for x in made.representatives(arrays)], pages=1)
+        try:
+            return self._compile([x.job for x in made.representatives(arrays)], arrays), arrays
+        except _DoesNotFit:
+            if arrays.num_pages == 1:
+                raise
+        one = made.arrays(1)  # programs are larger than was assumed
+        return self._compile([x.job for x in made.representatives(one)], one), one
 
-    def _compile_real(self, arrays: DeviceArrays, estimator: Estimator, export: bool) -> Programs:
-        made = self._made
-        if not export:
-            return self._compile([estimator.decode_job, estimator.forward_job], pages=arrays.num_pages)
-        saved = made.saved_programs(self._model_config, self._engine_config)
+    def _export(self, arrays: DeviceArrays) -> Programs:
+        saved = self._made.saved_programs(self._model_config, self._engine_config)
         assert saved is not None, "programs_dir says where to export to"
-        return self._compile(made.all_jobs(arrays), pages=arrays.num_pages, saved=saved)
+        return self._compile(self._made.all_jobs(arrays), arrays, Programs("raise", self._mesh, saved))
 
-    def _compile(self, jobs: list[CompileJob], *, pages: int, saved: Any = None) -> Programs:
-        programs = Programs("raise", self._mesh, saved)
+    def _compile(self, jobs: list[CompileJob], arrays: DeviceArrays, programs: Programs | None = None) -> Programs:
+        """Compile what ``programs`` has not yet."""
+        programs = Programs("raise", self._mesh) if programs is None else programs
+        missing = [job for job in jobs if not programs.has(job)]
         try:
             with warnings.catch_warnings():
                 # A compiler without devices writes JAX's cache of programs and can't read it.
                 warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-                programs.compile(jobs, show_progress=self._engine_config.show_progress)
+                programs.compile(missing, show_progress=self._engine_config.show_progress)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise _DoesNotFit(f"the compiler refuses a program: {_first_line(error)}") from error
-        for job in jobs:
-            self._figures.append(_figures(programs, job, pages))
+        self._figures += [_figures(programs, job, arrays.num_pages) for job in missing]
         return programs
-
-    def _encode_program(self, job: CompileJob | None, planned: Programs) -> CompiledProgram | None:
-        """Of images of the plan; they may be smaller than the largest, whose program is there."""
-        if job is None:
-            return None
-        return planned.get(job) if planned.has(job) else self._compile([job], pages=0).get(job)
 
     # Memory.
 

@@ -18,7 +18,7 @@ class ProgramFigures:
 
     Attributes:
       bucket: its shapes, as `executor.programs` has them.
-      pages: of the KV cache that it was compiled for; 1 for those by which the engine plans.
+      pages: of the KV cache that it was compiled for, about as many as there will be.
       seconds: to compile.
       temp_bytes, code_bytes, argument_bytes, output_bytes: ``memory_analysis`` of the compiled program.
     """
