@@ -92,7 +92,7 @@ def table(lines: Iterable[dict]) -> str:
     """Rows of Markdown."""
     head = (
         "model", "slice", "weights", "code", "hungriest program", "encoder cache", "KV tokens", "decode, ms",
-        "bytes of it", "prefill, ms", "images a second", "tokens a second", "CPU seconds",
+        "decode bytes over needed", "prefill, ms", "images a second", "tokens a second", "CPU seconds",
     )  # fmt: skip
     rows = [head, ["---"] * len(head)]
     order = [(model, topology) for model, slices in SLICES.items() for topology in slices]
