@@ -14,8 +14,8 @@ HIGHEST = 1e30
 
 def apply_bias(logits: Float[Array, "R V"], batch: SamplingBatch) -> Float[Array, "R V"]:
     """Add each row's bias; -inf bans a token whatever follows."""
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, batch.bias_ids].add(batch.bias_values, mode="drop")
+    any_bias = jnp.any(jnp.asarray(batch.bias_ids) < logits.shape[1])
+    return jax.lax.cond(any_bias, _biased, lambda logits, _: logits, logits, batch)
 
 
 def apply_penalties(logits: Float[Array, "R V"], batch: SamplingBatch) -> Float[Array, "R V"]:
@@ -33,6 +33,11 @@ def scale(logits: Float[Array, "R V"], temperature: Float[AnyArray, " R"]) -> Fl
     largest = jnp.where(jnp.isneginf(largest), 0.0, largest)  # all banned: -inf minus -inf is NaN
     scaled = (logits - largest) / jnp.maximum(temperature, MIN_TEMPERATURE)[:, None]
     return jnp.where(jnp.isneginf(logits), -jnp.inf, scaled)
+
+
+def _biased(logits: Float[Array, "R V"], batch: SamplingBatch) -> Float[Array, "R V"]:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, batch.bias_ids].add(batch.bias_values, mode="drop")
 
 
 def _any_penalty(batch: SamplingBatch) -> Array:

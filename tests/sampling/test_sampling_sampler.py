@@ -90,6 +90,23 @@ def test_candidates_equal_the_reference(problem):
         assert least <= set(np.flatnonzero(got).tolist()) <= most
 
 
+@pytest.mark.parametrize("vocab_size", [1, 32, 33, 4097, 32_003])
+def test_candidates_of_any_vocabulary(vocab_size):
+    """Rows are added up in parts, whose sizes hang on it."""
+    z = np.random.default_rng(vocab_size).normal(size=vocab_size).astype(np.float32)
+    logits = np.stack([z, np.round(z), np.zeros_like(z), z * 1e4, np.where(z > 0, -np.inf, z)])
+    logits[4, 0] = 0.0  # one at least that is not banned
+    for top_k, top_p in ((50, 1.0), (-1, 0.9), (1000, 0.5), (-1, 0.999)):
+        options = {"temperature": 1.0, "top_k": top_k, "min_p": 0.0}
+        kept = candidates(logits, build([row(top_k=top_k, top_p=top_p)] * 5, vocab_size=vocab_size))
+        for got, values in zip(np.isfinite(kept), logits.astype(np.float64), strict=True):
+            rounding = 1e-5 * (top_p < 1)
+            least = reference.kept_tokens(values, top_p=top_p * (1 - rounding), **options)
+            most = reference.kept_tokens(values, top_p=min(1.0, top_p * (1 + rounding)), **options)
+            assert least <= set(np.flatnonzero(got).tolist()) | set(np.flatnonzero(np.isneginf(values)).tolist())
+            assert set(np.flatnonzero(got).tolist()) <= most
+
+
 @hypothesis.given(problems())
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_tokens_equal_the_reference(problem):
