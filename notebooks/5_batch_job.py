@@ -85,12 +85,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from aphrodite_jax.modeling.loader.load import abstract_model
-from aphrodite_jax.modeling.sharding import parameter_shardings
+from aphrodite_jax.modeling.sharding import place_parameters
 from aphrodite_jax.multimodal.context import model_class
 
 mesh = AbstractMesh((4,), ("model",))
 model = abstract_model(model_class(llm.model_config), llm.model_config.hf_config, jnp.float32)
-lie = parameter_shardings(model, mesh)
+lie = place_parameters(model, mesh)
 shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(nnx.state(model))}
 layer = ("language_model", "model", "layers", 0)
 for path in (
@@ -99,7 +99,7 @@ for path in (
     (*layer, "input_layernorm", "scale"),
 ):
     print(
-        f"{'.'.join(map(str, path[-3:])):28} {shapes[path]} -> {lie[path].shard_shape(shapes[path])} on each, {lie[path].spec}"
+        f"{'.'.join(map(str, path[-3:])):28} {shapes[path]} -> {lie[path].shard_shape(shapes[path])} on each, {lie[path].sharding.spec}"
     )
 of_all = sum(map(math.prod, shapes.values()))
 of_one = sum(math.prod(lie[path].shard_shape(shape)) for path, shape in shapes.items())

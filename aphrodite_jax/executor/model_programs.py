@@ -30,7 +30,7 @@ from aphrodite_jax.executor.programs import CompileJob
 from aphrodite_jax.executor.saved_programs import SavedPrograms, identity
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from aphrodite_jax.modeling.models.interfaces import position_axes, supports_multimodal
-from aphrodite_jax.modeling.sharding import MODEL, check_heads, over_items, whole, whole_logits
+from aphrodite_jax.modeling.sharding import MODEL, by_columns, check_heads, column_spec, over_items, whole, whole_rows
 from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.sampling import SamplingBatch, build_sampling_batch, prompt_logprobs, sample, sample_greedy
 from aphrodite_jax.sampling_params import MAX_LOGPROBS
@@ -166,6 +166,11 @@ class ModelPrograms:
         """Decoder layers."""
         return len(self.kv_shapes)
 
+    @property
+    def _devices(self) -> int:
+        """That the model is divided over."""
+        return 1 if self.mesh is None else self.mesh.shape[MODEL]
+
     @functools.cached_property
     def media_shapes(self) -> Sequence[MediaShapes]:
         """Arrays of one item, for each shape in which media are encoded."""
@@ -179,7 +184,9 @@ class ModelPrograms:
                 self.shape(pages_shape(num_pages, heads, self.page_size, head_dim, self._platform), self.dtype, BY_HEAD)
                 for heads, head_dim in self.kv_shapes
             ),
-            encoder_cache=self.shape((max(self.encoder_rows, 1), self.width), self.dtype),
+            encoder_cache=self.shape(
+                (max(self.encoder_rows, 1), self.width), self.dtype, column_spec(self.width, self._devices)
+            ),
             last_tokens=self.shape((self.num_slots,), jnp.int32),
         )
 
@@ -274,10 +281,10 @@ class ModelPrograms:
             input_ids = jnp.where(batch.token_slots >= 0, latest, batch.input_ids)
             embeds = model.embed_input_ids(input_ids)
             if self._multimodal:
-                media = encoder_cache[jnp.maximum(batch.media_rows, 0)]
+                media = whole_rows(encoder_cache[jnp.maximum(batch.media_rows, 0)])
                 embeds = jnp.where((batch.media_rows >= 0)[:, None], media, embeds)
             hidden, kv_caches = model(input_ids, batch.positions, kv_caches, batch.metadata, inputs_embeds=embeds)
-            return whole_logits(model.compute_logits(hidden[batch.last_rows])), whole(hidden[num_decode:]), kv_caches
+            return whole_rows(model.compute_logits(hidden[batch.last_rows])), whole(hidden[num_decode:]), kv_caches
 
         key = (num_decode, len(batch.input_ids) - num_decode, len(batch.last_rows))
         args = (arrays.params, arrays.kv_caches, arrays.encoder_cache, arrays.last_tokens, batch)
@@ -308,7 +315,7 @@ class ModelPrograms:
                     positions = jnp.broadcast_to(positions, (self._position_axes, len(slots)))
                 embeds = model.embed_input_ids(tokens)
                 hidden, kv_caches = model(tokens, positions, kv_caches, metadata, inputs_embeds=embeds)
-                tokens = sample_greedy(whole_logits(model.compute_logits(hidden)))
+                tokens = sample_greedy(whole_rows(model.compute_logits(hidden)))
                 return kv_caches, tokens, chosen.at[i].set(tokens)
 
             tokens = last_tokens[jnp.minimum(slots, self.num_slots - 1)]
@@ -353,7 +360,7 @@ class ModelPrograms:
         def encode(params, encoder_cache, media, targets):
             embeds = over_items(embed, params, media) if self._by_items else embed(params, media)
             made = jnp.concatenate([items.reshape(-1, items.shape[-1]) for items in embeds.values()])
-            return whole(encoder_cache.at[targets].set(whole(made).astype(encoder_cache.dtype), mode="drop"))
+            return by_columns(encoder_cache.at[targets].set(whole(made).astype(encoder_cache.dtype), mode="drop"))
 
         per_item = [n for counts in self.rows_per_item(media).values() for n in counts]
         targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped
@@ -370,7 +377,7 @@ class ModelPrograms:
     def _encode_counts(self, media: Mapping[str, Any]) -> tuple[int, ...]:
         """How many items of such a shape may be encoded together; ``media`` are those of one."""
         rows = sum(sum(counts) for counts in self.rows_per_item(media).values())
-        devices = self.mesh.shape[MODEL] if self._by_items and self.mesh is not None else 1
+        devices = self._devices if self._by_items else 1
         return tuple(n for n in self.buckets.encode_items if n == 1 or -(-n // devices) * rows <= MAX_ENCODE_ROWS)
 
     def encode_job_of(self, arrays: DeviceArrays, shapes: MediaShapes, count: int) -> CompileJob:
@@ -382,7 +389,7 @@ class ModelPrograms:
         """Embeddings into the encoder cache."""
 
         def store(encoder_cache, embeds, targets):
-            return whole(encoder_cache.at[targets].set(embeds, mode="drop"))
+            return by_columns(encoder_cache.at[targets].set(embeds, mode="drop"))
 
         args = (arrays.encoder_cache, embeds, targets)
         return CompileJob(name="store", key=len(embeds), fn=store, args=args, donate=(0,))
@@ -406,7 +413,7 @@ class ModelPrograms:
         """Log-probabilities of prompt tokens."""
 
         def run(params, hidden, rows, targets):
-            logits = whole_logits(nnx.merge(self.graphdef, params).compute_logits(hidden[rows]))
+            logits = whole_rows(nnx.merge(self.graphdef, params).compute_logits(hidden[rows]))
             return prompt_logprobs(logits, targets, num_logprobs=min(MAX_LOGPROBS, self.vocab_size))
 
         args = (arrays.params, hidden, rows, targets)
@@ -530,12 +537,11 @@ class ModelPrograms:
 
     def _kv_shapes_on_mesh(self, shapes: Sequence[tuple[int, int]], text_config: Any) -> tuple[tuple[int, int], ...]:
         """Heads and their width in the pages of each layer; with a head for every device at least."""
-        if self.mesh is None:
+        if self._devices == 1:
             return tuple(shapes)
-        devices = self.mesh.shape[MODEL]
         for heads, _ in shapes:
-            check_heads(text_config.num_attention_heads, heads, devices)
-        return tuple((max(heads, devices), head_dim) for heads, head_dim in shapes)
+            check_heads(text_config.num_attention_heads, heads, self._devices)
+        return tuple((max(heads, self._devices), head_dim) for heads, head_dim in shapes)
 
 
 def device_bytes(tree: Any) -> int:

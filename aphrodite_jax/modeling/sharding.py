@@ -8,21 +8,23 @@ parameter ever moves.
     o, down             each device has the rows to match   parts of the output, which are summed up
     embeddings, head    each device has a part of the vocabulary
 
-Projectors of two matrices are divided as feed-forwards are. Key and value heads that are fewer than the devices lie
-whole on each of them; every device keeps pages of the one that its query heads read. What else is not divided has names
-all the same: norms, the biases of outputs, patches and positions, and projectors of one matrix, whose rows all need all
+Projectors of two matrices are divided as feed-forwards are. Of a decoder's key and value heads that are fewer than the
+devices, each device has the one that its query heads read (`Placement`). What else is not divided has names all the
+same: norms, the biases of outputs, patches and positions, and projectors of one matrix, whose rows all need all
 of it (Idefics3's ``modality_projection``, PaliGemma's ``linear``, Gemma 3's ``mm_input_projection_weight``, the
 ``merging_layer`` of Mistral 3).
 
 What encodes media may lie whole instead, so that each device encodes items of its own (`over_items`).
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,15 +38,18 @@ __all__ = [
     "MESH_AXES",
     "MODEL",
     "Axes",
+    "Placement",
     "axes_of_parameters",
+    "by_columns",
     "check_heads",
+    "column_spec",
     "current_mesh",
     "model_axis_size",
     "over_items",
     "over_model_axis",
-    "parameter_shardings",
+    "place_parameters",
     "whole",
-    "whole_logits",
+    "whole_rows",
 ]
 
 MODEL = "model"
@@ -158,20 +163,64 @@ def whole(tree: Any) -> Any:
     return tree if current_mesh() is None else jax.lax.with_sharding_constraint(tree, P())
 
 
-def whole_logits(logits: Float[Array, "T V"]) -> Float[Array, "T V"]:
-    """Logits that each device computes for its part of the vocabulary, and that lie whole on every one from here on.
+def by_columns(rows: Float[Array, "T W"]) -> Float[Array, "T W"]:
+    """Rows of which each device has some columns; whole where the devices don't divide them."""
+    if current_mesh() is None:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, column_spec(rows.shape[-1], model_axis_size()))
 
-    The compiler must be told both: told the second alone, it gathers the output head's matrix instead, in every step.
+
+def column_spec(width: int, devices: int) -> P:
+    """Where rows of ``width`` columns lie with `by_columns`."""
+    return P() if width % devices else P(None, MODEL)
+
+
+def whole_rows(rows: Float[Array, "T W"]) -> Float[Array, "T W"]:
+    """Rows of which each device computes or keeps some columns, and that lie whole on every one from here on.
+
+    The compiler must be told both: told the second alone, it gathers what they are made of, the output head's matrix or
+    the encoder cache, in every step.
     """
-    devices = model_axis_size()
-    if devices > 1 and logits.shape[-1] % devices == 0:
-        logits = jax.lax.with_sharding_constraint(logits, P(None, MODEL))
-    return whole(logits)
+    return whole(by_columns(rows))
 
 
-def parameter_shardings(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a parameter lies on a mesh.
+
+    Key and value heads that are fewer than the devices are repeated, each as often as devices need it, and then divided.
+    The model computes the same with them, as groups of query heads that share a head become smaller.
+
+    Attributes:
+      sharding: of the parameter with its heads repeated.
+      repeats: how often each head stands along ``axis``, next to itself.
+      head_dim: width of a head along ``axis``; 0 where nothing is repeated.
+    """
+
+    sharding: NamedSharding
+    repeats: int = 1
+    axis: int = 0
+    head_dim: int = 0
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """That of a parameter of ``shape``, with its heads repeated."""
+        return tuple(size * self.repeats if i == self.axis else size for i, size in enumerate(shape))
+
+    def values(self, array: np.ndarray) -> np.ndarray:
+        """A parameter's numbers with its heads repeated."""
+        if self.repeats == 1:
+            return array
+        by_head = array.reshape(*array.shape[: self.axis], -1, self.head_dim, *array.shape[self.axis + 1 :])
+        return by_head.repeat(self.repeats, self.axis).reshape(self.shape(array.shape))
+
+    def shard_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What one device has of a parameter of ``shape``."""
+        return self.sharding.shard_shape(self.shape(shape))
+
+
+def place_parameters(
     model: nnx.Module, mesh: Mesh | AbstractMesh, encoder_parallel: str = "items"
-) -> dict[tuple, NamedSharding]:
+) -> dict[tuple, Placement]:
     """Path of each parameter to where it lies on ``mesh``; whole everywhere where the devices don't divide its axis.
 
     Args:
@@ -188,13 +237,20 @@ def parameter_shardings(
     multimodal = getattr(type(model), "supports_multimodal", False)
     result = {}
     for path, axes in axes_of_parameters(model).items():
+        encodes = multimodal and path[0] not in LANGUAGE_MODEL
         spec: list[str | None] = [MESH_AXES[name] for name in axes]
-        if encoder_parallel == "items" and multimodal and path[0] not in LANGUAGE_MODEL:
+        if encoder_parallel == "items" and encodes:
             spec = [None] * len(axes)
+        repeated = {}
         for i, (name, size) in enumerate(zip(axes, shapes[path], strict=True)):
-            if spec[i] is not None and _units(name, size, modules.get(path[:-2])) % devices:
+            if spec[i] is None:
+                continue
+            units = _units(name, size, modules.get(path[:-2]))
+            if name == "kv_heads" and devices > units and devices % units == 0 and not encodes:
+                repeated = {"repeats": devices // units, "axis": i, "head_dim": size // units}
+            elif units % devices:
                 spec[i] = None
-        result[path] = NamedSharding(mesh, P(*spec))
+        result[path] = Placement(sharding=NamedSharding(mesh, P(*spec)), **repeated)
     return result
 
 

@@ -25,7 +25,7 @@ class Needs:
       model: with shapes for parameters, on no devices.
       devices: that hold one copy.
       kv_shapes: key heads and their width of each layer.
-      encoder_cache: bytes.
+      encoder_cache: bytes of one device; each has its share.
       programs: bytes of code and temporary memory; None where none was compiled.
       limit: bytes of a device that may be used.
     """
@@ -52,7 +52,7 @@ class Needs:
         )
         weights = weight_bytes(self.model, devices, self.encoder_parallel)
         return int(
-            factor * (weights + self.encoder_cache)
+            factor * (weights + self.encoder_cache * self.devices // devices)
             + (self.programs or 0)
             + per_token * itemsize * pages * self.page_size
         )

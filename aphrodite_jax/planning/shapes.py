@@ -10,7 +10,7 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError
 from aphrodite_jax.executor.model_programs import device_bytes
 from aphrodite_jax.modeling.loader.load import abstract_model, resolve_dtype
-from aphrodite_jax.modeling.sharding import MODEL, parameter_shardings
+from aphrodite_jax.modeling.sharding import MODEL, place_parameters
 from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["model_on", "weight_bytes", "whole_model"]
@@ -33,9 +33,9 @@ def model_on(model: Any, mesh: Mesh | AbstractMesh, encoder_parallel: str) -> An
     """``model`` with its shapes laid on a mesh as the engine lays its weights."""
     graphdef, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
-    for path, sharding in parameter_shardings(model, mesh, encoder_parallel).items():
+    for path, place in place_parameters(model, mesh, encoder_parallel).items():
         value = variables[path].get_value()
-        shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        shape = jax.ShapeDtypeStruct(place.shape(value.shape), value.dtype, sharding=place.sharding)
         variables[path] = variables[path].replace(shape)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
 

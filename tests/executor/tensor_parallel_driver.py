@@ -112,13 +112,13 @@ def hidden_states(llm: LLM, prompt: dict) -> np.ndarray:
 
 
 def programs_of(llm: LLM) -> list[dict]:
-    """Each program's name, and its collectives by kind: the shape of each array that they give."""
+    """Each program's name and bucket, and its collectives by kind: the shape of each array that they give."""
     told = []
     for program in [x for copy in llm.engine.replicas for x in copy.runner.programs.table()]:
         found = collections.defaultdict(list)
         for arrays, kind in COLLECTIVE.findall(program.call.as_text()):
             found[kind] += [list(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", arrays)]
-        told.append({"name": program.name, "collectives": found})
+        told.append({"name": program.name, "key": program.key, "collectives": found})
     return told
 
 
@@ -135,6 +135,7 @@ def run(name: str, cases: list[tuple[str, str]]) -> dict:
                 "found": answer(llm, prompt),
                 "layers": runner.num_layers,
                 "vocab_size": runner.vocab_size,
+                "width": runner._arrays.encoder_cache.shape[1],
                 "share": runner.memory_budget().weights / alone.engine.runner.memory_budget().weights,
                 "programs": programs_of(llm),
             }

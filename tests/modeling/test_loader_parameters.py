@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from checkpoints import uniform
 from flax import nnx
 
@@ -15,6 +16,8 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import CheckpointError
 from aphrodite_jax.modeling.layers.embedding import PatchEmbed
 from aphrodite_jax.modeling.loader import WeightRule, load_model, save_pretrained
+from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
+from aphrodite_jax.testing.weights import random_weights
 
 CONFIG = {"model_type": "llama", "architectures": ["EveryKindForTests"], "hidden_size": 32}
 
@@ -113,6 +116,19 @@ def test_saving_gives_the_tensors_back(tmp_path, tensors):
     assert set(saved) == set(tensors)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(saved[name], tensor, err_msg=name)
+
+
+def test_a_model_of_other_shapes_than_its_config_s_is_not_saved(tmp_path):
+    """As one whose key and value heads were repeated for many devices."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = nnx.merge(*random_weights(LlamaForCausalLM, config))
+    config.num_key_value_heads = 1
+    with pytest.raises(CheckpointError, match=r"k_proj.weight has the shape \[8, 16\], but by the config \[4, 16\]; "):
+        save_pretrained(model, config, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_everything_that_does_not_fit_stands_in_one_error(tmp_path, tensors):

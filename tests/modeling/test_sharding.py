@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 from flax import nnx
@@ -19,7 +20,7 @@ from aphrodite_jax.modeling.sharding import (
     MODEL,
     axes_of_parameters,
     check_heads,
-    parameter_shardings,
+    place_parameters,
 )
 from aphrodite_jax.multimodal.context import class_of_config, model_class
 from aphrodite_jax.testing import tiny_models
@@ -58,17 +59,42 @@ def llava(tmp_path_factory):
     return abstract_model(model_class(config), config.hf_config, jnp.float32)
 
 
-@pytest.mark.parametrize(("devices", "of_keys"), [(2, P(None, MODEL)), (4, P(None, None))])
-def test_where_parameters_lie(llava, devices, of_keys):
+def specs_of(model, *of_mesh):
+    return {path: place.sharding.spec for path, place in place_parameters(model, *of_mesh).items()}
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_where_parameters_lie(llava, devices):
+    specs = specs_of(llava, AbstractMesh((devices,), (MODEL,)))
+    assert specs.keys() == shapes_of(llava).keys()
+    assert specs[*LAYER, "self_attn", "q_proj", "kernel"] == P(None, MODEL)
+    assert specs[*LAYER, "self_attn", "k_proj", "kernel"] == P(None, MODEL)
+    assert specs[*LAYER, "self_attn", "o_proj", "kernel"] == P(MODEL, None)
+    assert specs[*LAYER, "mlp", "down_proj", "kernel"] == P(MODEL, None)
+    assert specs[*LAYER, "input_layernorm", "scale"] == P(None)
+    assert specs["language_model", "model", "embed_tokens", "embedding"] == P(MODEL, None)
+
+
+@pytest.mark.parametrize(("devices", "of_devices"), [(2, [0, 1]), (4, [0, 0, 1, 1])])
+def test_each_device_has_the_key_head_that_its_query_heads_read(llava, devices, of_devices):
     """There are four query heads, and two of keys and values."""
-    shardings = parameter_shardings(llava, AbstractMesh((devices,), (MODEL,)))
-    assert shardings.keys() == shapes_of(llava).keys()
-    assert shardings[*LAYER, "self_attn", "q_proj", "kernel"].spec == P(None, MODEL)
-    assert shardings[*LAYER, "self_attn", "k_proj", "kernel"].spec == of_keys
-    assert shardings[*LAYER, "self_attn", "o_proj", "kernel"].spec == P(MODEL, None)
-    assert shardings[*LAYER, "mlp", "down_proj", "kernel"].spec == P(MODEL, None)
-    assert shardings[*LAYER, "input_layernorm", "scale"].spec == P(None)
-    assert shardings["language_model", "model", "embed_tokens", "embedding"].spec == P(MODEL, None)
+    path = (*LAYER, "self_attn", "k_proj", "kernel")
+    place = place_parameters(llava, AbstractMesh((devices,), (MODEL,)))[path]
+    width, columns = shapes_of(llava)[path]
+    kernel = np.arange(width * columns).reshape(width, columns)
+    placed = place.values(kernel)
+    assert place.sharding.spec == P(None, MODEL)
+    assert placed.shape == place.shape(kernel.shape)
+    heads = np.split(kernel, 2, axis=1)
+    for found, head in zip(np.split(placed, devices, axis=1), of_devices, strict=True):
+        np.testing.assert_array_equal(found, heads[head])
+        assert found.shape == place.shard_shape(kernel.shape)
+
+
+def test_key_heads_of_a_tower_are_not_repeated(llava):
+    """Nor are its query heads divided: four devices do not divide its two heads."""
+    specs = specs_of(llava, AbstractMesh((4,), (MODEL,)), "weights")
+    assert {specs[*TOWER_LAYER, "self_attn", f"{name}_proj", "kernel"] for name in "qkv"} == {P(None, None)}
 
 
 def test_what_encodes_media_lies_whole_or_is_divided(llava):
@@ -80,22 +106,22 @@ def test_what_encodes_media_lies_whole_or_is_divided(llava):
         ("multi_modal_projector", "linear_1", "bias"): P(MODEL),
         ("multi_modal_projector", "linear_2", "kernel"): P(MODEL, None),
     }
-    by_items, by_weights = (parameter_shardings(llava, mesh, how) for how in ("items", "weights"))
-    assert {path: by_weights[path].spec for path in matrices} == matrices
+    by_items, by_weights = (specs_of(llava, mesh, how) for how in ("items", "weights"))
+    assert {path: by_weights[path] for path in matrices} == matrices
     assert {path for path in by_items if by_items[path] != by_weights[path]} >= matrices.keys()
     assert all(by_items[path] == by_weights[path] for path in by_items if path[0] == "language_model")
-    assert all(set(by_items[path].spec) == {None} for path in by_items if path[0] != "language_model")
+    assert all(set(by_items[path]) == {None} for path in by_items if path[0] != "language_model")
     with pytest.raises(ConfigError, match="encoder_parallel is one of items, weights, got 'both'"):
-        parameter_shardings(llava, mesh, "both")
+        place_parameters(llava, mesh, "both")
 
 
 @pytest.mark.parametrize("name", ["phi3", "qwen3"])
 def test_each_of_two_devices_has_half_of_a_text_model(name):
     """But for norms, even where a checkpoint joins projections."""
     model = abstract_model(*read_config(name), jnp.float32)
-    shardings = parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
+    places = place_parameters(model, AbstractMesh((2,), (MODEL,)))
     shapes = shapes_of(model)
-    of_one = sum(math.prod(shardings[path].shard_shape(shape)) for path, shape in shapes.items())
+    of_one = sum(math.prod(places[path].shard_shape(shape)) for path, shape in shapes.items())
     norms = sum(math.prod(shape) for path, shape in shapes.items() if path[-1] == "scale")
     assert 2 * (of_one - norms) == sum(map(math.prod, shapes.values())) - norms
 
@@ -117,15 +143,15 @@ def test_what_no_pattern_names_is_refused_in_one_error():
     with pytest.raises(
         ConfigError, match=r"of Own must have names .*: adapters.\*.bias \[16\] has no names; adapt"
     ) as e:
-        parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
+        place_parameters(model, AbstractMesh((2,), (MODEL,)))
     assert "Give the class logical_axes" in str(e.value)
 
 
 def test_a_class_may_name_its_own():
     model = abstract_model(Named, read_config("llama")[1], jnp.float32)
-    shardings = parameter_shardings(model, AbstractMesh((2,), (MODEL,)))
-    assert shardings["adapters", 1, "kernel"].spec == P(None, MODEL)
-    assert shardings["model", "layers", 0, "mlp", "up_proj", "kernel"].spec == P(None, MODEL)
+    specs = specs_of(model, AbstractMesh((2,), (MODEL,)))
+    assert specs["adapters", 1, "kernel"] == P(None, MODEL)
+    assert specs["model", "layers", 0, "mlp", "up_proj", "kernel"] == P(None, MODEL)
 
 
 @pytest.mark.parametrize("axes", [("width",), ("width", "breadth")])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import CheckpointError, ConfigError
@@ -17,7 +17,7 @@ from aphrodite_jax.modeling.loader.checkpoint_files import checkpoint_tensors
 from aphrodite_jax.modeling.loader.matching import match
 from aphrodite_jax.modeling.loader.parameters import Parameter, WantedTensor, wanted_tensors
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, StoredTensor, read_blocks
-from aphrodite_jax.modeling.sharding import parameter_shardings
+from aphrodite_jax.modeling.sharding import Placement, place_parameters
 from aphrodite_jax.multimodal.context import model_class
 
 __all__ = ["abstract_model", "load_model", "resolve_dtype"]
@@ -30,7 +30,7 @@ SERVED_DTYPES = ("float32", "bfloat16", "float16")
 def load_model(model_config: ModelConfig, mesh: Mesh | None = None, encoder_parallel: str = "items") -> nnx.Module:
     """The model of ``model_config`` with its weights, on the default device, or divided over those of a mesh.
 
-    ``encoder_parallel`` says how what encodes media lies on a mesh (`parameter_shardings`).
+    ``encoder_parallel`` says how what encodes media lies on a mesh (`place_parameters`).
 
     Nothing is initialised: the model is built in the abstract and filled tensor by tensor, so that host
     memory stays under the weights in their target dtype (of which an accelerator leaves none there) plus one
@@ -55,11 +55,11 @@ def load_model(model_config: ModelConfig, mesh: Mesh | None = None, encoder_para
     for path, name in tied.items():
         _check_tied(path, stored[name], {p: stored[n] for p, n in chosen.items() if wanted[p].is_embedding})
     graphdef, state = nnx.split(model)
-    shardings = {} if mesh is None else parameter_shardings(model, mesh, encoder_parallel)
+    places = {} if mesh is None else place_parameters(model, mesh, encoder_parallel)
     variables = dict(nnx.to_flat_state(state))
     for name, tensor in wanted.items():
         for parameter, rows in _rows_of_parts(tensor, stored[chosen[name]]):
-            value = _read(name, rows, parameter, shardings.get(parameter.path))
+            value = _read(name, rows, parameter, places.get(parameter.path))
             variables[parameter.path] = variables[parameter.path].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
 
@@ -128,7 +128,7 @@ def _rows_of_parts(tensor: WantedTensor, stored: StoredTensor) -> Iterator[tuple
         begin = end
 
 
-def _read(name: str, tensor: StoredTensor, parameter: Parameter, sharding: NamedSharding | None) -> jax.Array:
+def _read(name: str, tensor: StoredTensor, parameter: Parameter, place: Placement | None) -> jax.Array:
     """The tensor in our axes and dtype, on the device or devices."""
     array = _empty_aligned(parameter.value.shape, parameter.value.dtype)
     view = np.atleast_1d(parameter.view(array))
@@ -141,7 +141,9 @@ def _read(name: str, tensor: StoredTensor, parameter: Parameter, sharding: Named
                 "or 'float32'"
             )
     # Transfers run in the background and hold their array: without the wait, many could pile up in host memory.
-    return jax.block_until_ready(jax.device_put(array, sharding))
+    if place is None:
+        return jax.block_until_ready(jax.device_put(array))
+    return jax.block_until_ready(jax.device_put(place.values(array), place.sharding))
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from aphrodite_jax.errors import CheckpointError
 from aphrodite_jax.modeling.loader.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from aphrodite_jax.modeling.loader.load import abstract_model
 from aphrodite_jax.modeling.loader.parameters import WantedTensor, wanted_tensors
 from aphrodite_jax.modeling.loader.safetensors_file import FLOAT_DTYPES, write_file
 
@@ -35,7 +36,7 @@ def save_pretrained(
     no file is ever half-written, and the config is written last.
 
     Raises:
-      CheckpointError: parameters of no floating-point dtype that the format has.
+      CheckpointError: parameters of no floating-point dtype that the format has, or of other shapes than the config's.
       OSError: the directory can't be written.
     """
     directory = Path(directory)
@@ -44,6 +45,7 @@ def save_pretrained(
     odd = [name for name, tensor in found.items() if tensor.dtype not in FLOAT_DTYPES.values()]
     if odd:
         raise CheckpointError(f"parameters that are not floating point can't be saved: {', '.join(odd)}")
+    _check_shapes(model, hf_config, found)
     files = _shards(found, max_shard_bytes)
     for file, names in files.items():
         described = {name: (found[name].dtype, found[name].shape) for name in names}
@@ -60,6 +62,17 @@ def save_pretrained(
         if WEIGHT_FILES.fullmatch(path.name) and path.name not in files:
             path.unlink()
     _write_text(directory / "config.json", _config_text(model, hf_config, found))
+
+
+def _check_shapes(model: nnx.Module, hf_config: transformers.PretrainedConfig, found: dict[str, WantedTensor]) -> None:
+    """Such shapes no loader would take; over many devices a model has some of its heads several times."""
+    expected = wanted_tensors(abstract_model(type(model), hf_config, next(iter(found.values())).dtype))
+    for name, tensor in found.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{name} has the shape {list(tensor.shape)}, but by the config {list(expected[name].shape)}; a model "
+                "that is divided over more devices than it has key and value heads can't be saved: load it on one"
+            )
 
 
 def _shards(found: dict[str, WantedTensor], max_shard_bytes: int) -> dict[str, list[str]]:
