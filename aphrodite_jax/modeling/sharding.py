@@ -188,8 +188,8 @@ def whole_rows(rows: Float[Array, "T W"]) -> Float[Array, "T W"]:
 class Placement:
     """Where a parameter lies on a mesh.
 
-    Key and value heads that are fewer than the devices are repeated, each as often as devices need it, and then divided.
-    The model computes the same with them, as groups of query heads that share a head become smaller.
+    Key and value heads that are fewer than the devices are repeated, each as often as devices need it, and then
+    divided. The model computes the same with them, as groups of query heads that share a head become smaller.
 
     Attributes:
       sharding: of the parameter with its heads repeated.

@@ -2,8 +2,8 @@
 
 Tokens are ordered by logit, and by id where logits are equal; each filter keeps a beginning of that order: no
 more than ``top_k`` tokens, and the likeliest one always. Where a beginning ends is found bit by bit, in a pass over
-the vocabulary for each bit of a logit, as a sort would take many more. Every sum has a fixed order or is of integers, so
-a row's result does not depend on the rows beside it.
+the vocabulary for each bit of a logit: a sort would take many more. Every sum has a fixed order or is of integers,
+so a row's result does not depend on the rows beside it.
 """
 
 from collections.abc import Callable
