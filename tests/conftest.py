@@ -1,8 +1,8 @@
 """Strictness for every test: ranks and dtypes never promote in silence, warnings are errors (pyproject)."""
 
 import importlib.metadata
-import json
 import os
+import pickle
 import tempfile
 
 # Compiled programs are kept for this run alone, and not among the user's.
@@ -61,16 +61,16 @@ def llava(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def computed_once(tmp_path_factory):
-    """``computed_once(name, compute)``: a JSON value that takes long, computed by one process for all that test."""
+    """``computed_once(name, compute)``: a value that takes long, computed by one process for all that test; pickled."""
     directory = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         directory = directory.parent
 
     def value(name, compute):
-        path = directory / f"{name}.json"
+        path = directory / f"{name}.pickle"
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
-                path.write_text(json.dumps(compute()))
-        return json.loads(path.read_text())
+                path.write_bytes(pickle.dumps(compute()))
+        return pickle.loads(path.read_bytes())
 
     return value

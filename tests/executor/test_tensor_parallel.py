@@ -30,6 +30,8 @@ MULTIMODAL = tuple(tiny_models())
 ALONE = ("phi3", "qwen2", "qwen3", "llama_biases_mha")
 """Text models that no multimodal one has for its language model, or not with these traits."""
 TEXT = (*ALONE, "llama", "mistral", "gemma", "gemma2", "gemma3_text")
+OWN_TOWER = tuple(name for name in MULTIMODAL if name not in ("llava_next", "paligemma2", "smolvlm", "llava_onevision"))
+"""Multimodal models whose tower and projector are not those of another one."""
 TOWERS = {  # layers that run, and projectors of two matrices
     "llava": (1, 1),
     "llava_next": (1, 1),
@@ -50,8 +52,8 @@ if os.environ.get("EVERY_MESH"):
     ways = [(name, how) for name in MULTIMODAL for how in ("items", "weights")] + [(name, "items") for name in TEXT]
     CASES = [f"{name}:{devices}:{how}" for name, how in ways for devices in (2, 4, 8, "2x4")]
 else:
-    CASES = [f"{name}:{how}" for name in MULTIMODAL for how in ("2:weights", "8:items")]
-    CASES += [f"{name}:{devices}:items" for name in TEXT for devices in ((2, 8) if name in ALONE else (8,))]
+    CASES = [f"{name}:8:items" for name in MULTIMODAL] + [f"{name}:2:weights" for name in OWN_TOWER]
+    CASES += [f"{name}:{devices}:items" for name in ALONE for devices in (2, 8)]
     CASES += ["llava:4:items", "gemma3:2x4:weights"]
 WITH_MEDIA = [case for case in CASES if case.split(":")[0] in MULTIMODAL]
 

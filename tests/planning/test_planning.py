@@ -61,45 +61,55 @@ def llava(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """The programs of the plan, as they are compiled."""
-    return []
+def made(llava, computed_once):
+    """The plan of LLaVA-1.5-7B with a decoder layer and two of the tower, a copy on two of four chips each.
 
-
-@pytest.fixture(scope="module")
-def plan(llava, compiled):
-    """LLaVA-1.5-7B with a decoder layer and two of the tower, a copy on two of four chips each."""
+    And what the compiler says of its programs' memory, by name, bucket and bytes of arguments.
+    """
+    compiled = []
 
     class Kept(Programs):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             compiled.append(self)
 
-    # flax's own norms add bfloat16 to float32
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(plan_module, "Programs", Kept)
-        return make_plan(
-            ModelConfig(model=llava, max_model_len=1024, **SMALL_IMAGES),
-            ENGINE,
-            find_target("v5e:2x2"),
-            WORK,
-            price_per_hour=4.8,
-        )
+    def compute():
+        # flax's own norms add bfloat16 to float32
+        with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+            patch.setattr(plan_module, "Programs", Kept)
+            plan = make_plan(
+                ModelConfig(model=llava, max_model_len=1024, **SMALL_IMAGES),
+                ENGINE,
+                find_target("v5e:2x2"),
+                WORK,
+                price_per_hour=4.8,
+            )
+        found = {}
+        for x in (x for programs in compiled for x in programs.table()):
+            memory = x.call.memory_analysis()
+            found[x.name, str(x.key), memory.argument_size_in_bytes] = (
+                memory.temp_size_in_bytes,
+                memory.generated_code_size_in_bytes,
+                memory.output_size_in_bytes,
+            )
+        return plan, found
+
+    return computed_once("plan", compute)
 
 
-def test_bytes_are_those_of_memory_analysis(plan, compiled):
-    found = {
-        (x.name, str(x.key), x.call.memory_analysis().argument_size_in_bytes): x
-        for programs in compiled
-        for x in programs.table()
-    }
+@pytest.fixture(scope="module")
+def plan(made):
+    return made[0]
+
+
+def test_bytes_are_those_of_memory_analysis(made):
+    plan, found = made
     assert {name for name, *_ in found} == {"decode", "encode", "forward", "sample", "store"}
     assert len(found) == len(plan.programs)
     for figures in plan.programs:
-        analysis = found[figures.name, figures.bucket, figures.argument_bytes].call.memory_analysis()
-        assert figures.temp_bytes == analysis.temp_size_in_bytes
-        assert figures.code_bytes == analysis.generated_code_size_in_bytes > 0
-        assert figures.output_bytes == analysis.output_size_in_bytes
+        analysis = found[figures.name, figures.bucket, figures.argument_bytes]
+        assert (figures.temp_bytes, figures.code_bytes, figures.output_bytes) == analysis
+        assert figures.code_bytes > 0
     # What a program takes as its arguments is what the plan says lies there: half of the decoder's heads, and pages.
     [decode] = [x for x in plan.programs if x.name == "decode"]
     pages = decode.pages * 16 * plan.memory.kv_bytes_per_token
