@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"  # of each 
 if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know all of these
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_worker_niceness"] = "0"  # with Ray's 15 they would wait for all tests beside them
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - with Ray's 15 its workers would wait for all other tests
 
 import dataclasses
 import json
