@@ -49,7 +49,7 @@ class ModelConfig:
         ``num_frames``, or ``fps`` with ``min_frames`` and ``max_frames``.
       hf_overrides: config fields to replace after loading; nested fields as nested dicts.
       max_image_pixels: largest width x height that is decoded.
-      media_roots: directories that file: URLs may read from; None allows any, () forbids all.
+      media_roots: directories from which paths and file: URLs may be read; None allows any, () forbids all.
 
     Raises:
       ConfigError: a value out of range, or a model that is neither a directory nor a hub id.
@@ -174,7 +174,8 @@ class EngineConfig:
       warm_up: compile every program before the first request.
       on_recompile: "warn" (once, and counted) or "raise" when a program compiles after warm-up.
       compilation_cache_dir: where compiled programs are kept between runs; "auto" is ``aphrodite_jax/xla`` in the
-        user's cache directory, None keeps none. A directory that JAX was configured with goes before.
+        user's cache directory, None keeps none. A place that JAX was configured with goes before: one in a bucket is
+        given to JAX, as ``JAX_COMPILATION_CACHE_DIR``.
       programs_dir: where compiled programs are kept whole, to be read without tracing at the next start, or after
         ``aphrodite-jax plan --export`` on another machine; None keeps none. Reading one can run any code: use your own.
       trace_dir: where each `LLM.generate` leaves a trace of `jax.profiler`, its steps named; None traces nothing.
@@ -217,6 +218,12 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.on_recompile not in ("warn", "raise"):
             raise ConfigError(f"on_recompile must be 'warn' or 'raise', got {self.on_recompile!r}")
+        for name in ("compilation_cache_dir", "programs_dir"):
+            if "://" in str(getattr(self, name)):
+                raise ConfigError(
+                    f"{name} must be a directory of this machine, got {getattr(self, name)!r}; JAX's own cache can be "
+                    "in a bucket: set JAX_COMPILATION_CACHE_DIR"
+                )
         if self.encoder_parallel not in ("items", "weights"):
             raise ConfigError(f"encoder_parallel must be 'items' or 'weights', got {self.encoder_parallel!r}")
         for name in ("prefix_caching", "warm_up", "show_progress"):

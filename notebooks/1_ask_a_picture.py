@@ -7,12 +7,16 @@
 # handwritten digit a picture, and runs anywhere. A larger one is loaded by its name and asked in the same way.
 
 # %%
+import glob
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("aphrodite_jax") is None:
-    package = "aphrodite-jax[notebooks] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    extras = ("tpu," if has_tpu else "cuda," if shutil.which("nvidia-smi") else "") + "notebooks"
+    package = f"aphrodite-jax[{extras}] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %% [markdown]
@@ -25,7 +29,7 @@ import jax
 
 from aphrodite_jax import LLM, SamplingParams
 
-llm = LLM()  # or LLM("Qwen/Qwen2.5-VL-3B-Instruct"), any name on the hub, or a directory
+llm = LLM()  # or LLM("Qwen/Qwen2.5-VL-3B-Instruct", max_model_len=8192), any name on the hub, or a directory
 print(jax.devices()[0].device_kind, "|", llm.stats()["programs"], "programs compiled")
 
 # %% [markdown]

@@ -8,12 +8,16 @@
 # sees a picture as 16 coloured tiles; then what proves its registration right; then an answer.
 
 # %%
+import glob
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("aphrodite_jax") is None:
-    package = "aphrodite-jax[notebooks] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    extras = ("tpu," if has_tpu else "cuda," if shutil.which("nvidia-smi") else "") + "notebooks"
+    package = f"aphrodite-jax[{extras}] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%

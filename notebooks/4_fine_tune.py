@@ -7,12 +7,16 @@
 # that its tokenizer has to spell. Low-rank updates of its matrices (LoRA) are trained for a minute on a CPU, by the same modules that answer afterwards.
 
 # %%
+import glob
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("aphrodite_jax") is None:
-    package = "aphrodite-jax[notebooks] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    extras = ("tpu," if has_tpu else "cuda," if shutil.which("nvidia-smi") else "") + "notebooks"
+    package = f"aphrodite-jax[{extras}] @ git+https://github.com/aphrodite-jax/aphrodite_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %% [markdown]

@@ -195,6 +195,7 @@ def test_context_length(llava, tmp_path):
         ({"max_num_seqs": None}, "max_num_seqs must be a whole number"),
         ({"page_size": None}, "page_size must be a whole number"),
         ({"on_recompile": "ignore"}, "on_recompile must be 'warn' or 'raise', got 'ignore'"),
+        ({"programs_dir": "gs://bucket/programs"}, "programs_dir must be a directory of this machine, got 'gs://bucket"),
         ({"memory_fraction": 0}, "memory_fraction must be in"),
         ({"memory_fraction": 1.01}, "memory_fraction must be in"),
         ({"memory_fraction": float("nan")}, "memory_fraction must be in"),

@@ -66,8 +66,8 @@ def gcloud(tmp_path, monkeypatch):
 
 
 def command_of(done):
-    [line] = [line.strip() for line in done.stdout.splitlines() if "aphrodite-jax batch" in line]
-    return parsed(line.replace("$WORKER", "2"))
+    [command] = re.findall(r"^ *(aphrodite-jax batch (?:.|\\\n)*?)$", done.stdout, re.M)
+    return parsed(command.replace("\\\n", " "))
 
 
 def test_the_script_for_tpu_vms(gcloud):
@@ -75,9 +75,10 @@ def test_the_script_for_tpu_vms(gcloud):
     assert "queued-resources" in gcloud("create").stdout
     assert "delete" in gcloud("delete").stdout
     by_host = command_of(gcloud("run", PROMPT="What's this?"))
-    assert (by_host.worker, by_host.tensor_parallel_size, by_host.prompt) == ((2, 4), 4, "What's this?")
+    assert (by_host.processes, by_host.tensor_parallel_size, by_host.prompt) == ("auto", 4, "What's this?")
     of_all = command_of(gcloud("run", DIVIDED="all"))
     assert (of_all.processes, of_all.tensor_parallel_size) == ("auto", 16)
+    assert "export JAX_COMPILATION_CACHE_DIR=gs://b/xla\n" in gcloud("run", CACHE="gs://b/xla").stdout
     nothing = gcloud()
     assert nothing.returncode == 2
     assert "tpu_vm.sh run" in nothing.stderr

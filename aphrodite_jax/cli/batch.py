@@ -4,7 +4,8 @@ datasets folder, the samples of tar shards.
 A JSONL INPUT with an OUTPUT that ends in .jsonl gives one file with a line for each, in the same order; a bad line has
 its own error there. Any other OUTPUT is a directory (or an address that fsspec opens), written in parts; bad rows go to
 errors/ in it. A run that was killed goes on where it ended when the same command is given again, and several runs may
-share the parts of a directory (--worker). SIGTERM and Ctrl-C let rows that run come to their end, within 30 seconds.
+share the parts of a directory (--worker). There, SIGTERM and Ctrl-C let rows that run come to their end, within 30
+seconds.
 """
 
 import argparse
@@ -142,7 +143,13 @@ def _model_config(args: argparse.Namespace) -> Any:
 def _load(args: argparse.Namespace) -> Any:
     from aphrodite_jax.llm import LLM
 
-    return LLM(args.model, max_num_seqs=args.max_num_seqs, **model_options(args))
+    options = model_options(args)
+    if hasattr(args, "processes"):  # all of their devices have work
+        import jax
+
+        copies = jax.device_count() // options.get("tensor_parallel_size", 1)
+        options.setdefault("data_parallel_size", max(1, copies))
+    return LLM(args.model, max_num_seqs=args.max_num_seqs, **options)
 
 
 def _run_file(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 From the model's config and processor files alone, without weights: its real programs are compiled by the real
 compiler. Bytes are what the compiler says; times are floors from bytes and operations, and estimates. The TPU compiler
-comes with pip install 'aphrodite-jax[compile]'.
+comes with the extra ``compile``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from aphrodite_jax.cli.options import MODEL_OPTIONS, add_table, model_options, p
 
 __all__ = ["add_options", "run"]
 
-_NOT_PLANNED = ("seed", "max_image_pixels", "compilation_cache_dir", "programs_dir")
+_NOT_PLANNED = ("seed", "max_image_pixels", "preprocess_workers", "compilation_cache_dir", "programs_dir")
 """Options of a model and its engine that change nothing of a plan."""
 
 
@@ -45,11 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-seqs", type=positive, default=16, metavar="N", help="requests that run at a time on a copy (16)"
     )
-    group.add_argument("--max-encode-items", type=positive, metavar="N", help="images that are encoded together (8)")
-    group.add_argument(
-        "--data-parallel-size", type=positive, metavar="N", help="copies of the model; each has devices of its own"
-    )
-    add_table(group, tuple(row for row in MODEL_OPTIONS if row[0] not in (*_NOT_PLANNED, "data_parallel_size")))
+    add_table(group, tuple(row for row in MODEL_OPTIONS if row[0] not in _NOT_PLANNED))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.topology)
     model = getattr(args, "model", None)
     options = model_options(args)
-    for name in ("max_num_seqs", "max_encode_items", "data_parallel_size"):
-        if hasattr(args, name):
-            options[name] = getattr(args, name)
+    options["max_num_seqs"] = args.max_num_seqs
     copies = options.get("data_parallel_size", 1)
     devices = options.setdefault("tensor_parallel_size", max(1, len(target.devices) // copies))
     options.setdefault("data_parallel_size", max(1, len(target.devices) // devices))

@@ -1,4 +1,4 @@
-"""Two processes of JAX on this machine, each with one device, serve one model and do one job."""
+"""Two processes of JAX on this machine, each with one device, do one job: with one model, or each with a copy."""
 
 import json
 import os
@@ -37,14 +37,19 @@ def messages(number):
 def job(tmp_path_factory):
     """Rows, one of which has no image."""
     directory = tmp_path_factory.mktemp("processes")
-    lines = []
-    for number in range(ROWS):
-        body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "messages": messages(number)}
-        line = {"custom_id": f"row {number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
-        lines.append(json.dumps(line) + "\n")
+    lines = lines_of(ROWS)
     lines[17] = lines[17].replace("example.png", "missing.png")
     (directory / "rows.jsonl").write_text("".join(lines))
     return directory
+
+
+def lines_of(count):
+    lines = []
+    for number in range(count):
+        body = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "messages": messages(number)}
+        line = {"custom_id": f"row {number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines.append(json.dumps(line) + "\n")
+    return lines
 
 
 def start(job, *options, of_second=()):
@@ -108,6 +113,16 @@ def test_two_processes_stop_together_and_come_to_the_end(job):
     outputs = alone.chat([messages(number) for number in few], params, use_tqdm=False)
     texts = [row["response"]["body"]["choices"][0]["message"]["content"] for row in answered[: len(few)]]
     assert texts == [output.outputs[0].text for output in outputs]
+
+
+def test_without_a_size_each_process_has_a_copy_and_its_share(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(lines_of(4 * ROWS_PER_PART)))
+    ended, logs = statuses(start(tmp_path), tmp_path)
+    assert ended == [0, 0], logs
+    reports = [json.loads((tmp_path / "out" / f"report-{index}-of-2.json").read_text()) for index in range(2)]
+    assert [report["answered"] for report in reports] == [2 * ROWS_PER_PART] * 2
+    assert [row["custom_id"] for row in rows_of(tmp_path, "parts")] == [f"row {n}" for n in range(4 * ROWS_PER_PART)]
+    assert (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_options_that_differ_stop_both(job):
