@@ -125,19 +125,24 @@ class Replica:
         plan = self.scheduler.schedule(max_decode_steps)
         if plan is None:
             return None
-        if self.lockstep is not None:
-            self.lockstep.agree(plan)
-        step = self._start(plan)
+        try:
+            if self.lockstep is not None:
+                self.lockstep.agree(plan)
+            step = self._start(plan)
+        except BaseException:  # an interrupt too: whoever goes on must not count on what was planned
+            self.scheduler.revoke(plan)
+            raise
         self.scheduler.sent(plan)
         self._sent.append(step)
         return step
 
     def take_in(self) -> tuple[Step, np.ndarray]:
         """Wait for the oldest step; it, and its tokens ``[steps, R]`` (of a step without any, one that is None)."""
-        step = self._sent.popleft()
+        step = self._sent[0]
         begin = clock()
         with jax.profiler.TraceAnnotation("wait"):
             tokens, step.details = jax.device_get((step.tokens, step.details))
+        self._sent.popleft()  # no sooner: who interrupts the wait may go on with it
         self._stats.wait += clock() - begin
         return step, np.atleast_2d(tokens)
 
@@ -146,7 +151,7 @@ class Replica:
     def _start(self, plan: Plan) -> Step:
         self._encode(plan)
         plain = all(is_plain_greedy(chunk.sequence.params) for chunk in plan.chunks if chunk.samples)
-        if plain and not plan.prefill and all(c.begin >= c.sequence.prompt_length for c in plan.decode):
+        if plain and not plan.prefill and all(chunk.sequence.latest_is_in_slot for chunk in plan.decode):
             sequences = [chunk.sequence for chunk in plan.decode]
             tokens = self.runner.decode(
                 [sequence.slot for sequence in sequences],

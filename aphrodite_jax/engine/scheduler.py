@@ -154,9 +154,18 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.num_computed = chunk.end + plan.num_steps - 1
             sequence.num_pending += plan.num_steps * chunk.samples
+            sequence.latest_is_in_slot = chunk.samples
             if sequence.prompt.media and chunk.begin < sequence.prompt_length <= chunk.end:
                 self.encoder_cache.unpin(sequence.sequence_id)
             self.publish(sequence)
+
+    def revoke(self, plan: Plan) -> None:
+        """The plan could not be sent, or nobody knows how far: its sequences begin anew, its media are not encoded."""
+        for chunk in reversed(plan.chunks):
+            if chunk.sequence.status is SequenceStatus.RUNNING:
+                self._preempt(chunk.sequence)
+        for item, _ in plan.encode:
+            self.encoder_cache.discard(item.content_hash)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others share the sequence's pages that are full of tokens that are computed and known."""
@@ -278,7 +287,7 @@ class Scheduler:
         """
         for chunk in decode:
             sequence = chunk.sequence
-            if not sequence.ends_by_length:
+            if not (sequence.ends_by_length and sequence.latest_is_in_slot):
                 return 1
             steps = min(steps, sequence.max_length - len(sequence))
         while (
@@ -306,6 +315,7 @@ class Scheduler:
         self.blocks.free(sequence.sequence_id)
         self.encoder_cache.unpin(sequence.sequence_id)
         sequence.num_published = 0
+        sequence.latest_is_in_slot = False
         if sequence.slot >= 0:
             self._free_slots.append(sequence.slot)
             sequence.slot = -1

@@ -114,7 +114,8 @@ class Sequence:
       num_computed: tokens whose keys and values stand in pages, or will once the device has run what was sent to it;
         it falls to 0 when the sequence is preempted, and everything before is computed again.
       num_pending: tokens chosen on the device that have not come back.
-      slot: place of the latest token in the device's array of them, while the sequence runs.
+      slot: place of the sequence in the device's array of latest tokens, while it runs.
+      latest_is_in_slot: whether its latest token is there; not where the slot is new and a token was known before.
       page_keys: of its first pages, as far as they were asked for (`engine.page_keys`); others know the first
         ``num_published`` of them.
       num_cached: tokens at its beginning that were there when it began to run.
@@ -147,6 +148,7 @@ class Sequence:
         self.num_pending = 0
         self.num_preemptions = 0
         self.slot = -1
+        self.latest_is_in_slot = False
         self.page_keys: list[bytes] = []
         self.num_published = 0
         self.num_cached = 0
