@@ -19,8 +19,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from aphrodite_jax.batch.answers import json_line
 from aphrodite_jax.batch.identity import differences, model_identity, model_names
@@ -28,7 +31,7 @@ from aphrodite_jax.batch.journal import OpenUnit
 from aphrodite_jax.batch.output import OutputHeld
 from aphrodite_jax.batch.requests import Defaults
 from aphrodite_jax.batch.sources import RowOptions, Source, Unit, open_source
-from aphrodite_jax.batch.storage import LocalStorage, Storage, open_storage
+from aphrodite_jax.batch.storage import Storage, open_storage
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import BatchError
 
@@ -284,6 +287,13 @@ class PartsJob:
             return None
         return OpenUnit(unit, file, close)
 
+    def _drop_journals(self) -> None:
+        """Remove those of parts that are done: a run that is killed between the two leaves one."""
+        done = self._storage.sizes("done")
+        for name in self._storage.sizes("journal"):
+            if f"{name.removesuffix('.jsonl')}.json" in done:
+                self._storage.remove(f"journal/{name}")
+
     def keep(self, work: OpenUnit) -> None:
         """Close a unit that is not whole, so that a later run goes on from there."""
         try:
@@ -303,6 +313,9 @@ class PartsJob:
         unit, name = work.unit, _name(work.unit)
         part, size, digest = None, 0, None
         try:
+            if self._storage.read(f"done/{name}.json") is not None:  # by a run of another machine
+                self._storage.remove(f"journal/{name}.jsonl")
+                return
             # What an earlier run left, whose mark somebody has removed, goes away where nothing takes its place.
             if not work.num_answered:
                 self._storage.remove(f"parts/{name}{self.source.part_suffix}")
@@ -333,12 +346,14 @@ class PartsJob:
 
     def reopen(self) -> None:
         """Remove ``manifest.json``, where somebody has removed marks behind it."""
+        self._drop_journals()
         self._storage.remove("manifest.json")
 
     def finish(self) -> bool:
         """Write ``manifest.json`` if all parts of the job are there; whether they are."""
         if not self.standing().is_complete:
             return False
+        self._drop_journals()
         with self._storage.making():
             self._storage.write_with("manifest.json", self._write_manifest)
         return True
@@ -373,10 +388,15 @@ def _name(unit: Unit | int) -> str:
 
 def _check_apart(input_path: str, storage: Storage) -> None:
     """An output among the input's files would become input."""
-    if isinstance(storage, LocalStorage) and "://" not in input_path:
-        source, target = Path(os.path.realpath(input_path)), Path(os.path.realpath(storage.place))
-        if target.is_relative_to(source):
-            raise BatchError(f"the output {storage.place!r} lies in the input; give another output")
+    if _address(storage.place).is_relative_to(_address(input_path)):
+        raise BatchError(f"the output {storage.place!r} lies in the input; give another output")
+
+
+def _address(place: str) -> PurePosixPath:
+    """Kind of file system and path."""
+    filesystem, path = url_to_fs(place)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    return PurePosixPath(type(filesystem).__name__, (os.path.realpath(path) if is_local else path).strip("/"))
 
 
 def _claim(storage: Storage, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -385,8 +405,8 @@ def _claim(storage: Storage, identity: Mapping[str, Any]) -> dict[str, Any] | No
     Raises:
       BatchError: the output is another job's, or of something else.
     """
+    names = storage.sizes("")  # first: a run that begins meanwhile writes job.json before all else
     data = storage.read("job.json")
-    names = storage.sizes("")
     if data is None:
         if names:
             some = ", ".join(sorted(names)[:3])

@@ -18,8 +18,8 @@ class Preemption:
     """Takes signals while it is entered; to be made in the main thread.
 
     Before rows run, and at a second signal, SIGTERM raises `SystemExit` and Ctrl-C `KeyboardInterrupt`. A program that
-    compiles or runs can hold that up, and so a thread ends the process after ``leaves_within`` seconds: answers are in
-    journals at any moment.
+    compiles or runs can hold that up, as can what Python and JAX wait for at their end, and so a thread ends the process
+    after ``leaves_within`` seconds: answers are in journals at any moment.
     """
 
     def __init__(self, leaves_within: float = LEAVES_WITHIN):
@@ -71,12 +71,11 @@ class Preemption:
 
     def _watch(self) -> None:
         """Read the numbers of signals as they come, which Python's own handlers may do late, until it is left."""
-        timer = None
+        armed = False
         with self._read:
             while data := self._read.recv(1):
-                if timer is None and data[0] in (signal.SIGTERM, signal.SIGINT):
+                if not armed and data[0] in (signal.SIGTERM, signal.SIGINT):
+                    armed = True
                     timer = threading.Timer(self._leaves_within, os._exit, [128 + data[0]])
                     timer.daemon = True
-                    timer.start()
-        if timer is not None:
-            timer.cancel()
+                    timer.start()  # and is never taken back: the process is to end

@@ -7,6 +7,7 @@ stores it can't. A part counts only when its mark in ``done/``, which is sent la
 
 import abc
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -178,7 +179,7 @@ class LocalStorage(Storage):
             with _can("write", path):
                 os.makedirs(self.place, exist_ok=True)
                 lock = stack.enter_context(open(path, "wb"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _lock(lock, fcntl.LOCK_EX)
             yield
 
     def open_journal(self, name: str) -> tuple[OutputFile, Callable[[], None]]:
@@ -197,7 +198,7 @@ class LocalStorage(Storage):
 
 
 class RemoteStorage(Storage):
-    """A place that `fsspec` opens; journals are kept here until a run ends."""
+    """A place that `fsspec` opens; journals, and locks for runs of this machine, are kept here until a run ends."""
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, path: str, place: str):
         self.place = place
@@ -260,8 +261,16 @@ class RemoteStorage(Storage):
     def _send(self, file: Any, name: str) -> None:
         with _can("write", self._url(name), Exception):
             self._filesystem.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
-            with self._filesystem.open(self._path(name), "wb") as target:
+            target: Any = self._filesystem.open(self._path(name), "wb")
+            try:
                 shutil.copyfileobj(file, target, 2**22)
+            except BaseException:  # closing it, as its finalizer does, would put in place what was sent so far
+                with contextlib.suppress(Exception):
+                    target.discard()
+                with contextlib.suppress(AttributeError):
+                    target.closed = True
+                raise
+            target.close()
 
     def sizes(self, folder: str) -> dict[str, int]:
         with _can("read", self._url(folder), Exception):
@@ -282,23 +291,42 @@ class RemoteStorage(Storage):
         return contextlib.nullcontext()  # equal runs write equal files
 
     def open_journal(self, name: str) -> tuple[OutputFile, Callable[[], None]]:
-        kept = self.read(name)
-        with _can("write", tempfile.gettempdir()):
-            fd, path = tempfile.mkstemp(prefix="aphrodite-jax-journal-")
-            with open(fd, "wb") as spool:
-                spool.write(kept or b"")
-        self._spooled[name] = path
-        file, close_file = _open(path)
+        address = hashlib.sha256(self._url(name).encode()).hexdigest()[:32]
+        path = os.path.join(tempfile.gettempdir(), f"aphrodite-jax-journal-{os.getuid()}-{address}")
+        while True:
+            file, close_file = _open(path)
+            # Between opening and locking, a run that made the part whole may have removed it.
+            if file.is_at_its_path():
+                break
+            close_file()
 
         def close() -> None:
+            self._spooled.pop(name, None)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             close_file()
-            os.unlink(self._spooled.pop(name))
 
+        try:
+            file.truncate(0)  # of a run that was killed: what it had sent counts
+            file.append(self.read(name) or b"")
+        except BaseException:
+            close()
+            raise
+        self._spooled[name] = path
         return file, close
 
     def keep_journal(self, name: str) -> None:
         with _can("read", self._spooled[name]), open(self._spooled[name], "rb") as file:
             self._send(file, name)
+
+
+def _lock(file: Any, how: int) -> None:
+    """Where the file system has locks."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
 
 
 def _open(path: str) -> tuple[OutputFile, Callable[[], None]]:

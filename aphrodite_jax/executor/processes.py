@@ -13,6 +13,10 @@ from aphrodite_jax.errors import LockstepError
 
 __all__ = ["Store", "coordinator", "initialize"]
 
+LAST_ONE_WITHIN = 30 * 24 * 3600
+"""Seconds for which a process that has ended waits for the others, which may have more to do; JAX would end them all
+after five minutes. That one of them is dead, JAX's heartbeats tell within two minutes."""
+
 
 class Store(Protocol):
     """Texts by name, the same for all processes."""
@@ -74,7 +78,7 @@ def initialize(where: str | None) -> None:
             )
         options = {"coordinator_address": match[1], "num_processes": int(match[2]), "process_id": int(match[3])}
     try:
-        jax.distributed.initialize(**options)
+        jax.distributed.initialize(**options, shutdown_timeout_seconds=LAST_ONE_WITHIN)
     except Exception as error:  # of many kinds, by the cluster that JAX believes to be in
         raise LockstepError(f"can't join the processes of the job ({where}): {error}") from error
 

@@ -1,4 +1,4 @@
-"""Replicas over a model that is a function of the last token: what is answered when pages run out, or steps are cut off."""
+"""Replicas over a model that is a function of the last token: pages that run out, and steps that are cut off."""
 
 import random
 from types import SimpleNamespace
