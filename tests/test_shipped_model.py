@@ -30,6 +30,7 @@ def test_the_directory_is_small():
     assert sum(path.stat().st_size for path in files) <= 12e6
 
 
+@pytest.mark.once
 def test_the_command_of_the_readme():
     command = ["generate", "--image", str(EXAMPLE), "what color is the shape?"]
     done = subprocess.run([sys.executable, "-m", "aphrodite_jax", *command], capture_output=True, text=True, check=True)

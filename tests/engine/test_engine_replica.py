@@ -15,6 +15,8 @@ from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.outputs import MediaInfo
 from aphrodite_jax.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.once
+
 MASKS = {"full": MaskSpec()}
 IMAGE = -9
 """A token of the prompt in whose place the runner reads what was encoded."""

@@ -19,6 +19,8 @@ from aphrodite_jax.modeling.models.interfaces import MaskSpec
 from aphrodite_jax.outputs import MediaInfo
 from aphrodite_jax.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.once
+
 PAGE_SIZE = 4
 TILE = 4
 BUDGET = 16

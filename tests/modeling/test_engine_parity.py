@@ -113,6 +113,7 @@ def test_media_of_any_shape_alone_cached_and_in_a_batch(tmp_path, name):
         llm.engine.reset_caches()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["qwen2_windows", "llama_longrope", "gemma2"])
 def test_text_models_with_two_masks_or_length_dependent_positions(tmp_path, name):
     golden = read_golden(name)

@@ -133,6 +133,7 @@ def unlike(example):
     return dataclasses.replace(example, tokens=(example.tokens + np.int32(50)) % np.int32(150), media=media)
 
 
+@pytest.mark.once
 def test_gradients_of_a_pack_are_those_of_its_examples():
     case = shared_case("llava_clip_llama")
     examples, loss = case.prepared[1:], compiled_loss(case.model, gradient=True)

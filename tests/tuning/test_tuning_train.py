@@ -52,6 +52,7 @@ def changed(before, after):
     return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
+@pytest.mark.once
 def test_an_interrupted_run_ends_as_an_undisturbed_one(case, tmp_path, monkeypatch):
     """LoRA alone is trained, in the tower, the projector and the language model; the loss falls."""
     model = with_lora(case)
