@@ -158,6 +158,11 @@ def test_models_lists_architectures_and_what_they_take(capsys):
             ["batch", "requests.jsonl", "-o", "answers.jsonl", "--worker", "0/2"],
             "--worker needs an OUTPUT that is a dir",
         ),
+        (
+            ["batch", "requests.jsonl", "-o", "answers.jsonl", "--ray-workers", "4"],
+            "--ray-workers needs an OUTPUT that is a dir",
+        ),
+        (["batch", "requests.jsonl", "-o", "answers", "--engine", "ray", "--stats"], "--stats goes without --engine"),
         (["batch", "table.parquet", "-o", "answers.jsonl"], "give a directory"),
         (["batch", "s3://bucket/requests.jsonl", "-o", "answers.jsonl"], "give a directory"),
         (["batch", "requests.jsonl", "-o", "answers", "--worker", "2/2"], "must be like 0/4"),

@@ -6,13 +6,14 @@ one order. So a run that was interrupted ends with the same bytes as one that wa
 
 import dataclasses
 import json
+import math
 from typing import Any
 
-from aphrodite_jax.batch.refusal import Refusal
+from aphrodite_jax.batch.refusal import Refusal, refusal_of
 from aphrodite_jax.batch.requests import BatchRequest
 from aphrodite_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
-__all__ = ["OutputLine", "answer_line", "answer_value", "json_line", "line_id", "refusal_line"]
+__all__ = ["OutputLine", "answer_line", "answer_value", "json_line", "line_id", "refusal_line", "refusal_of_output"]
 
 _LOWEST_LOGPROB = -9999.0
 """What the OpenAI API writes for a token of probability zero, since JSON has no infinity."""
@@ -56,6 +57,25 @@ def answer_value(number: int, request: BatchRequest, output: RequestOutput) -> d
         },
     }
     return _value(number, request.custom_id, 200, body, None)
+
+
+def refusal_of_output(output: RequestOutput) -> Refusal | None:
+    """Why a finished request has no answer; None if it has one that can be written.
+
+    Log-probabilities that are no numbers, which come of a model that overflows, have no form in JSON.
+    """
+    if output.error is not None:
+        return refusal_of(output.error)
+    for answer in output.outputs:
+        for candidates in answer.logprobs or ():
+            if not all(candidate.logprob < math.inf for candidate in candidates.values()):
+                return Refusal(
+                    "the model gave log-probabilities that are no numbers, as one does that overflows in float16: "
+                    "load it with dtype='bfloat16' or 'float32' (--dtype)",
+                    code="invalid_output",
+                    status=500,
+                )
+    return None
 
 
 def refusal_line(number: int, custom_id: str | None, refusal: Refusal) -> OutputLine:

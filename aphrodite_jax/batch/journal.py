@@ -104,6 +104,18 @@ class OpenUnit:
             self._count(row.number, begin, len(row.line), row.answered, row.prompt_tokens, row.completion_tokens)
             begin += len(row.line)
 
+    def sync_if_due(self) -> None:
+        """`sync` if the last one is a while ago; as it raises."""
+        self._file.sync_if_due()
+
+    def sync(self) -> None:
+        """Have the disk keep the rows that were taken in.
+
+        Raises:
+          BatchError: the disk could not. Rows since the last sync are lost, and no more are taken in.
+        """
+        self._file.sync()
+
     def records(self) -> Iterator[bytes]:
         """Records of the answered rows, in the order of the input, as lines of JSON."""
         return self._values(self._answered, _RECORD)

@@ -6,6 +6,7 @@ is cut back to its last whole line.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 
 from aphrodite_jax.errors import BatchError
 
-__all__ = ["OutputFile", "OutputHeld", "open_output", "replace_file"]
+__all__ = ["OutputFile", "OutputHeld", "lock_file", "open_output", "replace_file"]
 
 SYNC_SECONDS = 1.0
 """Longest time between a write and the `fsync` that follows it, while lines keep coming."""
+
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+"""What a file system answers that has no locks."""
 
 
 class OutputHeld(BatchError):
@@ -25,13 +29,16 @@ class OutputHeld(BatchError):
 
 
 class OutputFile:
-    """An open and locked file that ends, up to ``size`` bytes, with a whole line.
+    """An open file that ends, up to ``size`` bytes, with a whole line.
 
-    ``created`` tells whether opening it made it.
+    Args:
+      created: whether opening it made it.
+      locked: whether it is this run's alone. If it is not, for want of locks, another run is noticed by what it writes.
     """
 
-    def __init__(self, fd: int, path: str, *, created: bool):
-        self.path, self.created = path, created
+    def __init__(self, fd: int, path: str, *, created: bool, locked: bool = True):
+        self.path, self.created, self._locked = path, created, locked
+        self._lost = False
         self.size = os.fstat(fd).st_size
         self._fd = fd
         self._synced_size = self.size
@@ -56,14 +63,22 @@ class OutputFile:
     def truncate(self, size: int) -> None:
         """Cut the file to its first ``size`` bytes."""
         os.ftruncate(self._fd, size)
-        self.size = self._synced_size = size
+        self.size, self._synced_size = size, min(size, self._synced_size)
 
     def append(self, data: bytes) -> None:
         """Write whole lines.
 
         Raises:
-          BatchError: the system refused; the file ends where it ended before.
+          OutputHeld: the file is not locked, and another run has written to it.
+          BatchError: the system refused, or a `sync` failed before; the file ends where it ended before.
         """
+        if self._lost:
+            raise BatchError(f"{self.path!r} has lost lines that were written before; start again from what is there")
+        if not self._locked and os.fstat(self._fd).st_size != self.size:
+            raise OutputHeld(
+                f"another run is writing {self.path!r}, on a file system without locks; let one of them end, and give "
+                "the same command again"
+            )
         try:
             _write_all(self._fd, data, self.size)
         except OSError as error:
@@ -80,11 +95,12 @@ class OutputFile:
         """Have the disk keep what was written.
 
         Raises:
-          BatchError: the disk could not; the file ends where it ended at the last sync.
+          BatchError: the disk could not; the file ends where it ended at the last sync, and takes nothing more.
         """
         try:
             os.fsync(self._fd)
         except OSError as error:
+            self._lost = True
             self.truncate(self._synced_size)
             raise _refused(self.path, error) from error
         self._synced_size, self._synced_at = self.size, time.monotonic()
@@ -92,7 +108,7 @@ class OutputFile:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[OutputFile]:
-    """Open or create ``path`` for one run alone.
+    """Open or create ``path`` for one run alone, as far as its file system has locks.
 
     Raises:
       OutputHeld: another run has it open.
@@ -108,14 +124,30 @@ def open_output(path: str) -> Iterator[OutputFile]:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise BatchError(f"the output {path!r} is no regular file, so a run could not be taken up again")
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(fd, wait=False)
         except BlockingIOError as error:
             raise OutputHeld(f"another run is writing {path!r}; wait for it or give another output") from error
         except OSError as error:
             raise _refused(path, error) from error
-        yield OutputFile(fd, path, created=created)
+        yield OutputFile(fd, path, created=created, locked=locked)
     finally:
         os.close(fd)
+
+
+def lock_file(fd: int, *, wait: bool) -> bool:
+    """Lock an open file for this run alone, until it is closed; False if its file system has no locks.
+
+    Raises:
+      BlockingIOError: another run has locked it, and ``wait`` is false.
+      OSError: the system refused.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
 
 
 def replace_file(path: str, data: bytes) -> None:

@@ -296,11 +296,12 @@ class PartsJob:
 
     def keep(self, work: OpenUnit) -> None:
         """Close a unit that is not whole, so that a later run goes on from there."""
+        journal = f"journal/{_name(work.unit)}.jsonl"
         try:
             if work.num_left < work.unit.num_rows:
-                self._storage.keep_journal(f"journal/{_name(work.unit)}.jsonl")
-            else:
-                self._storage.remove(f"journal/{_name(work.unit)}.jsonl")
+                self._storage.keep_journal(journal)
+            elif not self._storage.size(journal):  # without locks, another run's may stand there
+                self._storage.remove(journal)
         finally:
             work.close()
 

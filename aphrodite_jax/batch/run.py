@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import tqdm
 
-from aphrodite_jax.batch.answers import OutputLine, answer_line, refusal_line
+from aphrodite_jax.batch.answers import OutputLine, answer_line, refusal_line, refusal_of_output
 from aphrodite_jax.batch.job import BatchReport, Job, open_job
 from aphrodite_jax.batch.lines import Line, read_lines
 from aphrodite_jax.batch.refusal import Refusal, refusal_of
@@ -198,10 +198,11 @@ class _Group:
         for output in outputs:
             if output.finished:
                 number, request = self.in_flight.pop(output.request_id)
+                refusal = refusal_of_output(output)
                 self.ready[number] = (
                     answer_line(number, request, output)
-                    if output.error is None
-                    else refusal_line(number, request.custom_id, refusal_of(output.error))
+                    if refusal is None
+                    else refusal_line(number, request.custom_id, refusal)
                 )
 
     def finished(self) -> list[OutputLine]:

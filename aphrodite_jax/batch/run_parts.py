@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Protocol
 
+from aphrodite_jax.batch.answers import refusal_of_output
 from aphrodite_jax.batch.company import LEAVE, STOP, Company
 from aphrodite_jax.batch.journal import OpenUnit, SettledRow, answered_row, failed_row
 from aphrodite_jax.batch.parts import PartsJob, PartsReport, Standing
@@ -305,8 +306,7 @@ class _Run:
         for output in outputs:
             if output.finished:
                 pending = self.in_flight.pop(output.request_id)
-                end = output if output.error is None else refusal_of(output.error)
-                self._end(_Ended(work=pending.work, row=pending.row, end=end))
+                self._end(_Ended(work=pending.work, row=pending.row, end=refusal_of_output(output) or output))
 
     def _end(self, ended: _Ended) -> None:
         self.ended.append(ended)
@@ -335,6 +335,8 @@ class _Run:
             work.append(rows)
             if not work.num_left:
                 self._put_in_place(work, written)
+        for work in list(self.open.values()):
+            work.sync_if_due()
         return written
 
     def _settled(self, ended: _Ended) -> SettledRow:
@@ -384,6 +386,7 @@ class _Run:
                 self.answered_of_open += work.num_answered
                 self.failed_of_open += work.num_failed
                 closing.callback(self.company.keep, work)
+                closing.callback(work.sync)
         self.seconds = time.monotonic() - self.began
 
     def report(self) -> PartsReport:

@@ -7,8 +7,6 @@ stores it can't. A part counts only when its mark in ``done/``, which is sent la
 
 import abc
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -21,7 +19,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from aphrodite_jax.batch.output import OutputFile, open_output
+from aphrodite_jax.batch.output import OutputFile, lock_file, open_output
 from aphrodite_jax.errors import BatchError
 
 __all__ = ["Storage", "open_storage"]
@@ -179,7 +177,7 @@ class LocalStorage(Storage):
             with _can("write", path):
                 os.makedirs(self.place, exist_ok=True)
                 lock = stack.enter_context(open(path, "wb"))
-                _lock(lock, fcntl.LOCK_EX)
+                lock_file(lock.fileno(), wait=True)
             yield
 
     def open_journal(self, name: str) -> tuple[OutputFile, Callable[[], None]]:
@@ -318,15 +316,6 @@ class RemoteStorage(Storage):
     def keep_journal(self, name: str) -> None:
         with _can("read", self._spooled[name]), open(self._spooled[name], "rb") as file:
             self._send(file, name)
-
-
-def _lock(file: Any, how: int) -> None:
-    """Where the file system has locks."""
-    try:
-        fcntl.flock(file, how)
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-            raise
 
 
 def _open(path: str) -> tuple[OutputFile, Callable[[], None]]:

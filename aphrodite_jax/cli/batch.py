@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         if hasattr(args, name):
             needs = "goes without --engine ray, which places workers itself" if on_ray else "needs --engine ray"
             args.usage_error(f"--{name.replace('_', '-')} {needs}")
+    if on_ray and args.stats:
+        args.usage_error("--stats goes without --engine ray, whose workers count for themselves")
     return _run_on_ray(args) if on_ray else _run_parts(args)
 
 
@@ -124,10 +126,11 @@ def _is_one_file(args: argparse.Namespace) -> bool:
         return False
     if not is_jsonl or "://" in args.input + args.output:
         args.usage_error("-o: an OUTPUT that ends in .jsonl is for a local JSONL file; give a directory")
-    given = [name for name in (*_OF_ROWS, *_OF_PARTS, *(name for name, *_ in SAMPLING_OPTIONS)) if hasattr(args, name)]
+    of_parts, of_rows = (*_OF_PARTS, *_OF_RAY), (*_OF_ROWS, *(name for name, *_ in SAMPLING_OPTIONS))
+    given = [name for name in (*of_rows, *of_parts) if hasattr(args, name)]
     if given:
         option = f"--{given[0].replace('_', '-')}"
-        reason = "needs an OUTPUT that is a directory" if given[0] in _OF_PARTS else "is for rows that are no requests"
+        reason = "needs an OUTPUT that is a directory" if given[0] in of_parts else "is for rows that are no requests"
         args.usage_error(f"{option} {reason}")
     return True
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphrodite_jax.batch.answers import json_line
-from aphrodite_jax.batch.sources import RemoteFile, Unit, open_source
+from aphrodite_jax.batch.refusal import Refusal
+from aphrodite_jax.batch.sources import RemoteFile, Unit, files, open_source
 from aphrodite_jax.errors import BatchError
 
 pa = pytest.importorskip("pyarrow", reason="tables are read by pyarrow, which is not installed")
@@ -264,6 +265,47 @@ def test_memory_is_flat(tmp_path):
         for _ in source.rows(unit):
             most = max(most, pool.bytes_allocated() - before)
     assert 2**20 < most < 2**23
+
+
+def not_utf8(texts, bad):
+    """A column of strings of which some are in Latin-1, which Parquet files may hold."""
+    data = pa.array([f"café {text}".encode("latin-1") if n in bad else text.encode() for n, text in enumerate(texts)])
+    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+
+def test_a_cell_that_is_not_utf8_fails_its_row_alone(tmp_path):
+    columns = {
+        "image": [b"%d" % n for n in range(100)],
+        "question": not_utf8([f"what is {n}?" for n in range(100)], {10, 40, 41}),
+        "id": not_utf8([f"row{n}" for n in range(100)], {10, 70}),
+    }
+    source = open_source(write_parquet(tmp_path / "a.parquet", columns), options())
+    rows = read(source, source.units(30))
+    refused = {row.number: row for row in rows if isinstance(row.request, Refusal)}
+    assert {n: (row.custom_id, row.request.code) for n, row in refused.items()} == {
+        10: (None, "invalid_text"), 40: ("row40", "invalid_text"), 41: ("row41", "invalid_text"),
+        70: (None, "invalid_text"),
+    }  # fmt: skip
+    assert str(refused[40].request).startswith("column 'question' is not UTF-8: 'utf-8' codec can't decode byte 0xe9")
+    answered = [n for n in range(100) if n not in refused]
+    assert [asked(rows[n]) for n in answered] == [([b"%d" % n], f"what is {n}?") for n in answered]
+
+
+def test_a_table_that_fails_for_a_moment_is_looked_into_again(tmp_path, monkeypatch):
+    source = open_source(write_parquet(tmp_path / "a.parquet", numbered(0, 5)), options())
+    units = list(source.units(4))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    open_table, fails = source.open_table, iter([True] * 2 + [False] + [True] * 3)
+
+    def failing(name):
+        if next(fails):
+            raise TimeoutError("timed out")
+        return open_table(name)
+
+    monkeypatch.setattr(source, "open_table", failing)
+    assert list(source.units(4)) == units
+    with pytest.raises(BatchError, match=r"can't read 'a\.parquet' of the input .*TimeoutError"):
+        list(source.units(4))
 
 
 @pytest.mark.parametrize("form", ["local", "memory"])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphrodite_jax.batch.answers import json_line
-from aphrodite_jax.batch.sources import Unit, open_source, webdataset
+from aphrodite_jax.batch.sources import Unit, files, open_source, webdataset
 from aphrodite_jax.errors import BatchError
 
 pytestmark = pytest.mark.once
@@ -370,3 +370,49 @@ def test_what_the_library_writes(tmp_path):
     assert [(row.custom_id, asked(row)) for row in rows] == [
         (f"k{number}", ([picture(number)], f"what is {number}?")) for number in range(5)
     ]
+
+
+def test_an_id_that_is_no_text_is_a_refusal_of_its_row(tmp_path):
+    """JSON may have half of a surrogate pair in it; the name of a part's member can't."""
+    members = [
+        member
+        for number, name in enumerate(["n0", "\ud83d", "n2", 7])
+        for member in [(f"s{number}.png", picture(number)), (f"s{number}.json", json.dumps({"id": name}).encode())]
+    ]
+    rows = rows_of(tmp_path / "a.tar", members, prompt="p", columns={"id": "id"})
+    assert [row.custom_id for row in rows] == ["n0", "s1", "n2", "7"]
+    assert [getattr(row.request, "code", None) for row in rows] == [None, "invalid_id", None, None]
+
+
+def test_no_name_in_a_part_stops_it(tmp_path):
+    """Names that can't be a member's are replaced; those that a tar has that is not UTF-8 are kept."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of([("caf\udce9.png", picture(0)), ("caf\udce9.txt", b"p")]))
+    source = open_source(path, options())
+    ((unit,), (row,)) = (units := list(source.units(9)), read(source, units))
+    assert row.custom_id == "caf\udce9"
+    file = io.BytesIO()
+    source.write_part(
+        unit, (json_line(record(n, name)) for n, name in enumerate([row.custom_id, "\ud83d", "a\0b"])), file
+    )
+    with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
+        assert tar.getnames() == ["caf\udce9.json", "000000001.json", "000000002.json"]
+
+
+def test_a_tar_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    path.write_bytes(numbered(0, 3))
+    source = open_source(path, options())
+    units = list(source.units(2))
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    begin, fails = webdataset._Reader.__init__, iter([True] * 2 + [False] + [True] * 3)
+
+    def failing(*args, **options):
+        if next(fails):
+            raise TimeoutError("timed out")
+        begin(*args, **options)
+
+    monkeypatch.setattr(webdataset._Reader, "__init__", failing)
+    assert list(source.units(2)) == units
+    with pytest.raises(BatchError, match=r"can't read 'a\.tar' of the input .*TimeoutError"):
+        list(source.units(2))

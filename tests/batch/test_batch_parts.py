@@ -1,14 +1,19 @@
 """Jobs whose output is a directory of parts, with an LLM that needs no model."""
 
 import base64
+import errno
+import fcntl
 import io
 import itertools
 import json
+import os
+import sys
 import threading
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
 
+import batch_fakes
 import fsspec
 import pytest
 from batch_fakes import FakeLLM, chat_line, completion_line, read_answers, write_requests
@@ -19,6 +24,7 @@ from aphrodite_jax.batch.requests import Defaults
 from aphrodite_jax.batch.shared_images import SharedImages
 from aphrodite_jax.batch.sources import FORMS, RemoteFile, RowOptions, open_source
 from aphrodite_jax.errors import BatchError, MediaError
+from aphrodite_jax.outputs import Logprob
 
 pytestmark = pytest.mark.once
 
@@ -407,3 +413,74 @@ def test_rows_have_seeds_of_their_own(llm, tmp_path):
     assert params[0] == params[2] != params[1]
     assert (params[0].temperature, params[0].max_tokens) == (1.0, 256)
     assert options().sampling_params("a").temperature == 0.0
+
+
+def test_answers_that_are_no_numbers_are_their_rows_failures(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_fakes, "Logprob", lambda **fields: Logprob(**{**fields, "logprob": float("nan")}))
+    lines = [chat_line(f"r{i}", f"p{i}", **({"logprobs": True} if i in (3, 4) else {})) for i in range(8)]
+    requests = write_requests(tmp_path / "requests.jsonl", lines)
+    with pytest.raises(BatchError, match=r"max_failures 1 allows .*dtype='bfloat16' or 'float32'"):
+        answer(llm, requests, tmp_path / "limited", run={"max_failures": 1})
+    report = answer(llm, requests, tmp_path / "out")
+    assert (report.answered, report.failed) == (6, 2)
+    assert rows_of(tmp_path / "out")[1] == [(3, "r3", "invalid_output"), (4, "r4", "invalid_output")]
+
+
+class Syncs:
+    """Counts what the disk is asked to keep of journals; may refuse."""
+
+    def __init__(self, monkeypatch, output, *, refuses=False):
+        self.rows, fsync = [], os.fsync
+
+        def counted(fd):
+            fsync(fd)
+            for path in (output / "journal").glob("*"):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    if refuses and path.stat().st_size:
+                        raise OSError(5, "Input/output error")
+                    self.rows.append((path.name, len(path.read_bytes().splitlines())))
+
+        monkeypatch.setattr(os, "fsync", counted)
+
+
+def test_the_disk_is_asked_to_keep_journals(llm, tmp_path, monkeypatch):
+    """At a rhythm, not for each row, and at the end of a run that is stopped."""
+    requests = write_requests(tmp_path / "requests.jsonl", [completion_line(f"r{i}", f"p{i}") for i in range(60)])
+    syncs = Syncs(monkeypatch, tmp_path / "out")
+    monkeypatch.setattr("aphrodite_jax.batch.output.SYNC_SECONDS", 1000.0)
+    stopped = answer(llm, requests, tmp_path / "out", rows_per_part=40, run={"stop": Counted(llm.engine, 9)})
+    assert stopped.stopped
+    assert sum(dict(syncs.rows).values()) == stopped.answered > 0
+    assert len(syncs.rows) == len(dict(syncs.rows))
+    monkeypatch.setattr("aphrodite_jax.batch.output.SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(sys.modules["aphrodite_jax.batch.run_parts"], "WRITTEN_EVERY", 0.0)
+    syncs.rows.clear()
+    assert answer(llm, requests, tmp_path / "out").answered == 60
+    assert len(syncs.rows) > 4
+
+
+def test_a_disk_that_loses_a_journal_ends_the_run_and_no_row(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("aphrodite_jax.batch.output.SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(sys.modules["aphrodite_jax.batch.run_parts"], "WRITTEN_EVERY", 0.0)
+    requests = write_requests(tmp_path / "requests.jsonl", [completion_line(f"r{i}", f"p{i}") for i in range(60)])
+    with monkeypatch.context() as patch:
+        Syncs(patch, tmp_path / "out", refuses=True)
+        with pytest.raises(BatchError, match="Input/output error"):
+            answer(llm, requests, tmp_path / "out", rows_per_part=20)
+    assert not (tmp_path / "out" / "done").exists()
+    report = answer(llm, requests, tmp_path / "out")
+    assert (report.answered, report.failed) == (60, 0)
+    assert list(rows_of(tmp_path / "out")[0]) == [f"r{i}" for i in range(60)]
+
+
+def test_a_file_system_without_locks_takes_a_job(llm, tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    requests = write_requests(tmp_path / "requests.jsonl", [completion_line(f"r{i}", f"p{i}") for i in range(30)])
+    stop = {"stop": Counted(llm.engine, 4)}
+    stopped = answer(llm, requests, tmp_path / "out", rows_per_part=20, run=stop)
+    report = answer(llm, requests, tmp_path / "out")
+    assert (report.answered, report.resumed) == (30, stopped.answered)
+    assert list(rows_of(tmp_path / "out")[0]) == [f"r{i}" for i in range(30)]

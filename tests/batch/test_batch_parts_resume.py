@@ -259,7 +259,7 @@ def test_a_shard_that_can_not_be_read_is_one_failure(tmp_path, monkeypatch):
     def broken(self, file, *args):
         if file.name == "b.jsonl":
             scan(self, file, *args)  # all of it, and then an error
-            raise OSError(5, "Input/output error")
+            raise PermissionError(13, "Permission denied")
         scan(self, file, *args)
 
     monkeypatch.setattr(JsonlSource, "_scan", broken)

@@ -1,15 +1,21 @@
 """A whole job with an LLM that needs no model: what comes out, in which order, with how much in flight."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import tracemalloc
 
+import batch_fakes
 import pytest
 from batch_fakes import FakeLLM, chat_line, completion_line, read_answers, write_requests
 
 from aphrodite_jax.batch import BatchReport, answer_job, open_job, run_batch
+from aphrodite_jax.batch.output import OutputHeld, open_output
 from aphrodite_jax.batch.run import GROUP_ROUNDS
 from aphrodite_jax.errors import BatchError
+from aphrodite_jax.outputs import Logprob
 
 
 @pytest.fixture
@@ -197,3 +203,74 @@ def test_progress_goes_to_stderr(llm, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "1/1" in captured.err
+
+
+def test_an_answer_that_is_no_number_is_its_lines_error(llm, tmp_path, monkeypatch):
+    """A model that overflows gives NaN, which has no form in JSON."""
+    for value in (float("nan"), float("inf")):
+        monkeypatch.setattr(
+            batch_fakes, "Logprob", lambda value=value, **fields: Logprob(**{**fields, "logprob": value})
+        )
+        answers = tmp_path / f"{value}.jsonl"
+        requests = write_requests(tmp_path / "requests.jsonl", [chat_line("a"), chat_line("b", logprobs=True)])
+        report = run_batch(llm, requests, answers, show_progress=False)
+        assert (report.num_answered, report.num_failed) == (1, 1)
+        error = read_answers(answers)[1]["error"]
+        assert error["code"] == "invalid_output"
+        assert "'bfloat16' or 'float32'" in error["message"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(llm, tmp_path, monkeypatch, code):
+    """The output is written all the same, and whoever finds that another run writes it stops."""
+
+    def flock(fd, how):
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run(llm, tmp_path, [completion_line(f"r{i}") for i in range(9)]).num_answered == 9
+    path = str(tmp_path / "file")
+    with open_output(path) as one, open_output(path) as other:
+        one.append(b"first\n")
+        one.append(b"second\n")
+        with pytest.raises(OutputHeld, match="another run is writing"):
+            other.append(b"other\n")
+        one.append(b"third\n")
+    assert (tmp_path / "file").read_bytes() == b"first\nsecond\nthird\n"
+
+
+def test_locks_that_the_system_refuses(tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(BatchError, match="Input/output error"), open_output(str(tmp_path / "file")):
+        pass
+
+
+def test_a_disk_that_lost_lines_is_given_no_more(tmp_path, monkeypatch):
+    with open_output(str(tmp_path / "file")) as output:
+        output.append(b"kept\n")
+        output.sync()
+        output.append(b"lost\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            with pytest.raises(BatchError, match="Input/output error"):
+                output.sync()
+        with pytest.raises(BatchError, match="has lost lines"):
+            output.append(b"more\n")
+    assert (tmp_path / "file").read_bytes() == b"kept\n"
+
+
+def test_lines_before_a_refused_write_are_still_to_be_synced(tmp_path, monkeypatch):
+    synced = []
+    with open_output(str(tmp_path / "file")) as output:
+        output.append(b"one\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(BatchError, match="No space left"):
+                output.append(b"two\n")
+        monkeypatch.setattr("aphrodite_jax.batch.output.SYNC_SECONDS", -1.0)
+        monkeypatch.setattr(os, "fsync", synced.append)
+        output.sync_if_due()
+        assert len(synced) == 1

@@ -3,8 +3,9 @@
 import dataclasses
 import glob
 import io
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -12,10 +13,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from aphrodite_jax.errors import BatchError
 
-__all__ = ["InputFile", "find_files"]
+__all__ = ["NOT_TO_BE_HAD", "InputFile", "find_files", "is_not_to_be_had", "look_again"]
 
 _BLOCK = 2**20
 """Bytes that are read at a time."""
+NOT_TO_BE_HAD = (FileNotFoundError, PermissionError, IsADirectoryError)
+"""Errors of a file that don't pass by themselves; what else the system refuses is tried again."""
+PAUSES = (1.0, 4.0)
+"""Seconds before a file is looked into again that the system refused to read."""
+
+A = TypeVar("A")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,30 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[InputFile]:
     if not files:
         raise BatchError(f"the input {path!r} has no file that ends in {' or '.join(suffixes)}")
     return files
+
+
+def is_not_to_be_had(error: OSError) -> bool:
+    """Whether an error is one of `NOT_TO_BE_HAD`."""
+    return isinstance(error, NOT_TO_BE_HAD)
+
+
+def look_again(look: Callable[[], A], is_final: Callable[[OSError], bool] = is_not_to_be_had) -> A:
+    """What ``look`` gives, which is tried three times: a network that fails for a moment must not shape a job.
+
+    Args:
+      is_final: whether an error says that the file itself is at fault, so that it is of no use to try again.
+
+    Raises:
+      OSError: the last try's, or the first that is final.
+    """
+    for pause in PAUSES:
+        try:
+            return look()
+        except OSError as error:
+            if is_final(error):
+                raise
+        time.sleep(pause)
+    return look()
 
 
 def _fixed_part(pattern: str) -> str:

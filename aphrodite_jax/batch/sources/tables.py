@@ -8,12 +8,14 @@ in the same file: a Parquet file can only be decoded from the start of a row gro
 import abc
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from aphrodite_jax.batch.refusal import Refusal
 from aphrodite_jax.batch.sources.base import Row, RowOptions, Source, Unit
+from aphrodite_jax.batch.sources.files import NOT_TO_BE_HAD, look_again
 from aphrodite_jax.batch.sources.shards import Shards, in_order, missing_library, reason_of
 from aphrodite_jax.errors import BatchError
 
@@ -91,7 +93,8 @@ class TableSource(Source):
         """Runs of rows over all shards; a shard that can't be read is a unit of no rows.
 
         Raises:
-          BatchError: no shard can be read, or it is not clear from the first one which columns are meant.
+          BatchError: no shard can be read, one can't be read now, or it is not clear from the first one which columns
+            are meant.
         """
         index = first_row = size = 0
         ranges: list[list[Any]] = []
@@ -136,7 +139,7 @@ class TableSource(Source):
             reader = self._reader(name, start)
             try:
                 for batch in reader.read(start, stop):
-                    for cells in batch.to_pylist():
+                    for cells in _cells(batch):
                         yield self._row(number, cells, name, reader.columns)
                         number += 1
             except BaseException:
@@ -165,6 +168,12 @@ class TableSource(Source):
     def _count(self, name: str) -> "_Count":
         """How many rows a shard has; what is wrong with the file itself is its error."""
         try:
+            return look_again(functools.partial(self._look, name), is_damage)
+        except Exception as error:
+            raise BatchError(f"can't read {name!r} of the input {self.path!r}: {reason_of(error)}") from error
+
+    def _look(self, name: str) -> "_Count":
+        try:
             table = self.open_table(name)
             try:
                 num_rows, error = table.count()
@@ -176,7 +185,7 @@ class TableSource(Source):
             return _Count(0, str(error), of_columns=True)
         except Exception as error:
             if not is_damage(error):
-                raise BatchError(f"can't read {name!r} of the input {self.path!r}: {reason_of(error)}") from error
+                raise
             return _Count(0, f"the file {name!r} can't be read: {reason_of(error)}")
         return _Count(num_rows, error)
 
@@ -201,8 +210,12 @@ class TableSource(Source):
 
     def _row(self, number: int, cells: Mapping[str, Any], shard: str, columns: Columns) -> Row:
         own = None if columns.id is None else cells[columns.id]
-        custom_id = str(number if own is None else own)
+        custom_id = None if isinstance(own, Refusal) else str(number if own is None else own)
         try:
+            for cell in cells.values():
+                if isinstance(cell, Refusal):
+                    raise cell
+            assert custom_id is not None
             images = [
                 self.image(shard, image) if isinstance(image, str) else image
                 for image in images_of(cells[columns.image], columns.image)
@@ -219,8 +232,24 @@ def is_damage(error: Exception) -> bool:
 
     `pyarrow` raises a bare OSError for some damaged files.
     """
-    known = (pa.ArrowException, EOFError, FileNotFoundError, PermissionError, IsADirectoryError)
+    known = (pa.ArrowException, EOFError, *NOT_TO_BE_HAD)
     return isinstance(error, known) or (type(error) is OSError and error.errno is None)
+
+
+def _cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The cells of each row by their columns; a `Refusal` in the place of one that is not UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # pyarrow does not look into strings as it reads them
+        rows = ({name: _cell(batch, name, row) for name in batch.schema.names} for row in range(batch.num_rows))
+    yield from rows
+
+
+def _cell(batch: pa.RecordBatch, name: str, row: int) -> Any:
+    try:
+        return batch.column(name)[row].as_py()
+    except UnicodeDecodeError as error:
+        return Refusal(f"column {name!r} is not UTF-8: {error}", code="invalid_text")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from aphrodite_jax.batch.refusal import Refusal, shorten
 from aphrodite_jax.batch.sources import IMAGE_SUFFIXES
 from aphrodite_jax.batch.sources.base import Row, RowOptions, Source, Unit
+from aphrodite_jax.batch.sources.files import NOT_TO_BE_HAD, look_again
 from aphrodite_jax.batch.sources.shards import PROMPT_NAMES, Shards, find_shards, in_order, reason_of
 from aphrodite_jax.errors import BatchError
 
@@ -35,7 +36,6 @@ MAX_MEMBER_BYTES = 256 * 2**20
 _COMPRESSED = (".tar.gz", ".tgz")
 _META = re.compile(r"__[^/]*__($|/)")
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
-_NOT_TO_BE_HAD = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 class WebDatasetSource(Source):
@@ -68,7 +68,8 @@ class WebDatasetSource(Source):
         """Whole tars, or runs of a tar's samples. What can't be read of a tar is a unit of no rows, behind the others.
 
         Raises:
-          BatchError: no tar can be read, or no sample of the first one has an image and a prompt.
+          BatchError: no tar can be read, one can't be read now, or no sample of the first one has an image and a
+            prompt.
         """
         index = first_row = 0
         first_error = None
@@ -127,6 +128,12 @@ class WebDatasetSource(Source):
 
     def _scan(self, name: str, rows_per_unit: int) -> "_Index":
         """Where runs of samples begin, from the headers of a tar."""
+        try:
+            return look_again(functools.partial(self._look, name, rows_per_unit))
+        except OSError as problem:
+            raise BatchError(f"can't read {name!r} of the input {self.path!r}: {reason_of(problem)}") from problem
+
+    def _look(self, name: str, rows_per_unit: int) -> "_Index":
         offsets: list[int] = []
         num_samples, key, fits, first = 0, None, False, None
         error = None
@@ -140,11 +147,9 @@ class WebDatasetSource(Source):
                     fits = fits or self._fits(sample)
             finally:
                 reader.close()
-        except (*_DAMAGE, *_NOT_TO_BE_HAD) as damage:
+        except (*_DAMAGE, *NOT_TO_BE_HAD) as damage:
             after = f"after its sample {key!r}, number {num_samples}" if num_samples else "from its start"
             error = f"the tar {name!r} can't be read {after}: {reason_of(damage)}"
-        except OSError as problem:
-            raise BatchError(f"can't read {name!r} of the input {self.path!r}: {reason_of(problem)}") from problem
         misfit = None
         if first is not None and not fits:
             misfit = (
@@ -193,6 +198,10 @@ class WebDatasetSource(Source):
                 own = _value(sample, self.options.columns["id"])
                 if not isinstance(own, str | int) or isinstance(own, bool):
                     raise Refusal(f"the sample's id must be a text or a number, got {shorten(own)}", code="invalid_id")
+                if not _is_text(str(own)):
+                    raise Refusal(
+                        f"the sample's id has half of a surrogate pair in it, got {shorten(own)}", code="invalid_id"
+                    )
                 custom_id = str(own)
             images = self._images(sample)
             if len(images) != 1:
@@ -361,7 +370,18 @@ def _key_and_extension(name: str) -> tuple[str, str] | None:
 
 def _is_key(key: str) -> bool:
     """Whether ``<key>.json`` is read back as a member of this key, and names no place outside of the tar."""
+    if "\0" in key or not _is_text(key, "surrogateescape"):  # as names are that are not UTF-8
+        return False
     return _key_and_extension(f"{key}.json") == (key, "json") and not (key.startswith("/") or ".." in key.split("/"))
+
+
+def _is_text(text: str, errors: str = "strict") -> bool:
+    """Whether a text has a form in UTF-8, which half of a surrogate pair, as JSON may have it, has not."""
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_image(extension: str) -> bool:
