@@ -29,6 +29,7 @@ __all__ = ["LLM"]
 
 Messages = Sequence[Mapping[str, Any]]
 OnError = Literal["return", "raise"]
+DEFAULT_PARAMS = SamplingParams(temperature=0.0)
 
 
 class LLM:
@@ -166,15 +167,24 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The answer to one prompt as it grows; the last output is finished.
 
+        It ends without such an output where its request was aborted from outside (`AphroditeEngine.abort_request` gives
+        what was there), or where another's call of `AphroditeEngine.step` took its last one.
+
+        Args:
+          prompt: as for `generate`.
+          sampling_params: the default is greedy to 16 tokens' length.
+
         Raises:
           RequestError: the prompt can't be served.
         """
         request_id = self._next_request_id()
-        self.engine.add_request(request_id, prompt, sampling_params)
+        self.engine.add_request(request_id, prompt, sampling_params or DEFAULT_PARAMS)
         try:
             while True:
                 output = self._news.pop(request_id, None)
                 if output is None:
+                    if not self.engine.has_request(request_id):
+                        return
                     self._step()
                     continue
                 yield output
@@ -296,7 +306,7 @@ class LLM:
 
 def _params_per_prompt(params, count: int) -> list[SamplingParams]:
     if params is None:
-        params = SamplingParams(temperature=0.0)
+        params = DEFAULT_PARAMS
     if isinstance(params, SamplingParams):
         return [params] * count
     params = list(params)

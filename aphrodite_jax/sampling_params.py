@@ -1,7 +1,7 @@
 """How one request's tokens are chosen, and when it stops."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aphrodite_jax.errors import ConfigError
@@ -31,7 +31,7 @@ class SamplingParams:
       ignore_eos: go on after the end-of-text token.
       max_tokens, min_tokens: generated tokens; no end or stop token is chosen before ``min_tokens``.
       logprobs, prompt_logprobs: alternatives to return per token, 0 to 20; None returns none.
-      logit_bias: token id to a number in [-100, 100] added to its logit.
+      logit_bias: token id to a number in [-100, 100] added to its logit; a mapping, or pairs as they are kept.
       skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -51,7 +51,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Any = None  # a mapping when given, pairs sorted by token once built
+    logit_bias: Any = None  # pairs sorted by token once built
     skip_special_tokens: bool = True
 
     def __post_init__(self):
@@ -60,8 +60,8 @@ class SamplingParams:
 
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         put("stop_token_ids", tuple(int(token) for token in self.stop_token_ids or ()))
-        bias = {int(token): float(value) for token, value in (self.logit_bias or {}).items()}
-        put("logit_bias", tuple(sorted(bias.items())))
+        bias = _pairs(self.logit_bias)
+        put("logit_bias", self.logit_bias if bias is None else bias)
         for name, ok, rule in (
             ("n", _whole(self.n) and self.n >= 1, "a whole number of at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),
@@ -83,8 +83,8 @@ class SamplingParams:
             ("prompt_logprobs", _count(self.prompt_logprobs), f"None or 0 to {MAX_LOGPROBS}"),
             (
                 "logit_bias",
-                len(bias) <= MAX_LOGIT_BIAS and all(-100 <= v <= 100 for v in bias.values()),
-                f"at most {MAX_LOGIT_BIAS} tokens with values in [-100, 100]",
+                bias is not None and len(bias) <= MAX_LOGIT_BIAS and all(-100 <= value <= 100 for _, value in bias),
+                f"token ids to values in [-100, 100], at most {MAX_LOGIT_BIAS}, each once",
             ),
         ):
             if not ok:
@@ -97,3 +97,13 @@ def _whole(value) -> bool:
 
 def _count(value) -> bool:
     return value is None or (_whole(value) and 0 <= value <= MAX_LOGPROBS)
+
+
+def _pairs(bias: Any) -> tuple[tuple[int, float], ...] | None:
+    """Pairs of token and value, sorted by token; None for what is no mapping and no pairs, or names a token twice."""
+    given = () if bias is None else bias.items() if isinstance(bias, Mapping) else bias
+    try:
+        pairs = sorted((int(token), float(value)) for token, value in given)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return tuple(pairs) if len(dict(pairs)) == len(pairs) else None

@@ -13,6 +13,7 @@ import transformers
 import aphrodite_jax
 from aphrodite_jax.config import EngineConfig, ModelConfig, shipped_model_path
 from aphrodite_jax.errors import AphroditeError, ConfigError
+from aphrodite_jax.sampling_params import SamplingParams
 
 
 @pytest.fixture
@@ -285,3 +286,22 @@ def test_public_names_are_imported_when_they_are_used():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[], ["aphrodite_jax.sampling_params"]]
+
+
+# Sampling options.
+
+
+def test_sampling_params_are_made_of_others():
+    params = SamplingParams(logit_bias={5: -1, 3: 1.0}, stop="x", stop_token_ids=[4], seed=1)
+    assert params.logit_bias == ((3, 1.0), (5, -1.0))
+    longer = dataclasses.replace(params, max_tokens=5)
+    assert (longer.logit_bias, longer.stop, longer.max_tokens) == (params.logit_bias, ("x",), 5)
+    assert dataclasses.replace(longer, max_tokens=params.max_tokens) == params
+    assert SamplingParams(logit_bias=params.logit_bias).logit_bias == params.logit_bias
+    assert dataclasses.replace(SamplingParams(), top_k=2).logit_bias == ()
+
+
+@pytest.mark.parametrize("bias", ["3", 3, [3, 4], [(3, 1.0, 2)], {"a": 1}, {3: None}, [(3, 1.0), (3, 2.0)], {3: 101}])
+def test_a_logit_bias_that_is_none(bias):
+    with pytest.raises(ConfigError, match="SamplingParams: logit_bias must be token ids to values in"):
+        SamplingParams(logit_bias=bias)

@@ -272,6 +272,55 @@ def test_a_stream_that_is_left_frees_its_pages(llm):
     assert is_idle(llm)
 
 
+@pytest.fixture
+def few_steps(llm, monkeypatch):
+    """An engine that fails where it would be run for good."""
+    step, left = llm.engine.step, iter(range(40))
+
+    def few(*args):
+        assert next(left, None) is not None, "nothing ends this"
+        return step(*args)
+
+    monkeypatch.setattr(llm.engine, "step", few)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("few_steps")
+def test_a_stream_ends_when_its_request_is_aborted(llm):
+    other = llm.stream(image_prompt(2), GREEDY)
+    next(other)
+    outputs = []
+    for output in llm.stream(image_prompt(1), GREEDY):
+        outputs.append(output)
+        llm.engine.abort_request(output.request_id)
+    assert [output.finished for output in outputs] == [False]
+    assert not is_idle(llm)  # the other one was not run to its end meanwhile
+    assert len(list(other)[-1].outputs[0].token_ids) == 12
+    assert is_idle(llm)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("few_steps")
+def test_a_stream_ends_when_another_took_its_last_output(llm):
+    stream = llm.stream(image_prompt(1), GREEDY)
+    assert not next(stream).finished
+    while llm.engine.has_unfinished_requests():
+        taken = llm.engine.step()
+    assert taken[-1].finished
+    assert list(stream) == []
+
+
+@pytest.mark.once
+def test_without_options_all_are_greedy(llm):
+    [listed] = llm.generate(image_prompt(1), on_error="raise", use_tqdm=False)
+    *_, streamed = llm.stream(image_prompt(1))
+    assert (
+        tokens([streamed])
+        == tokens([listed])
+        == tokens(generate(llm, image_prompt(1), SamplingParams(temperature=0.0)))
+    )
+
+
 def test_generate_within_a_stream(llm):
     stream = llm.stream(image_prompt(1), GREEDY)
     next(stream)

@@ -18,8 +18,8 @@ class Preemption:
     """Takes signals while it is entered; to be made in the main thread.
 
     Before rows run, and at a second signal, SIGTERM raises `SystemExit` and Ctrl-C `KeyboardInterrupt`. A program that
-    compiles or runs can hold that up, as can what Python and JAX wait for at their end, and so a thread ends the process
-    after ``leaves_within`` seconds: answers are in journals at any moment.
+    compiles or runs can hold that up, as can what Python and JAX wait for at their end, and so a thread ends the
+    process after ``leaves_within`` seconds: answers are in journals at any moment.
     """
 
     def __init__(self, leaves_within: float = LEAVES_WITHIN):

@@ -196,13 +196,19 @@ class PromptPreparer:
 
 
 def map_media(model_config: ModelConfig, inputs: LLMInputs) -> tuple[PlacedItem, ...]:
-    """What the mappers make of the items of processed inputs, in the order of their places."""
-    placed = []
+    """What the mappers make of the items of processed inputs, in the order of their places.
+
+    Raises:
+      RegistrationError: the mappers of two modalities give one keyword.
+    """
+    placed, keywords = [], {}
     for modality, items in inputs.multi_modal_data.items():
         for item, placeholder in zip(items, inputs.placeholders[modality], strict=True):
             mapped = MULTIMODAL_REGISTRY.map_items(model_config, modality, [item])
             arrays = {name: np.asarray(array) for name, array in mapped.items()}
+            keywords.setdefault(modality, set()).update(arrays)
             placed.append(PlacedItem(modality=modality, placeholder=placeholder, mm_kwargs=arrays))
+    MULTIMODAL_REGISTRY.check_keywords(model_config, keywords)
     return tuple(sorted(placed, key=lambda item: item.placeholder.offset))
 
 

@@ -135,6 +135,7 @@ class AphroditeEngine:
         Args:
           request_id: names the request's outputs; not in use.
           prompt: text, or a dict with ``prompt`` or ``prompt_token_ids``, and ``multi_modal_data``.
+          sampling_params: None is ``SamplingParams()``, which samples at temperature 1; `LLM` is greedy without any.
           incremental: whether `step` gives an output each time the request has moved on; else once, at its end, which
             spares the text in between.
 
@@ -237,6 +238,10 @@ class AphroditeEngine:
         del self._requests[request_id]
         self.stats.finished += 1
         return self._output(request)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request of this id waits or runs."""
+        return request_id in self._requests
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do."""

@@ -28,7 +28,8 @@ def media_shapes(
     """Shapes of the padded arrays of one item: of the dummy items, and those of the model's ``media_shapes``.
 
     Raises:
-      RegistrationError: the dummy data, the input processor, the token bound and the model disagree.
+      RegistrationError: the dummy data, the input processor, the token bound and the model disagree, or the mappers
+        of two modalities give one keyword.
     """
     model_cls: Any = model_class(model_config)
     if not supports_multimodal(model_cls):
@@ -37,6 +38,13 @@ def media_shapes(
     dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, model_config.context_length, MULTIMODAL_REGISTRY)
     processed = INPUT_REGISTRY.process_input(
         model_config, LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=dummy.multi_modal_data)
+    )
+    MULTIMODAL_REGISTRY.check_keywords(
+        model_config,
+        {
+            modality: MULTIMODAL_REGISTRY.map_items(model_config, modality, parts[:1])
+            for modality, parts in processed.multi_modal_data.items()
+        },
     )
     bounds = MULTIMODAL_REGISTRY.max_tokens_per_item(model_config)
     found: dict[tuple, Mapping[str, jax.ShapeDtypeStruct]] = {}

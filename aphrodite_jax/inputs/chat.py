@@ -4,6 +4,7 @@ What a user typed stays text: a part that holds the text of a special token, ``<
 of its letters, and no picture can go missing, since texts and placeholders are counted after rendering.
 """
 
+import itertools
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RequestError
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from aphrodite_jax.multimodal.context import model_class
+from aphrodite_jax.multimodal.inputs import MediaItems
 
 __all__ = ["render_chat"]
 
@@ -56,7 +58,7 @@ def render_chat(
         except Exception as error:  # a template is a program of the checkpoint's, and may fail in any way
             problems.append(f"{type(error).__name__}: {error}")
             continue
-        problem = _what_is_missing(text, conversation, placeholders)
+        problem = _what_is_missing(text, conversation, placeholders, shield)
         if any(isinstance(m["content"], list) and m["content"] and str(m["content"]) in text for m in rendered):
             problem = "it prints the list of a message's parts"
         if problem is None:
@@ -65,7 +67,7 @@ def render_chat(
                 "prompt_token_ids": shield.tokenize(text, multimodal=len(forms) > 1),
                 "multi_modal_data": media,
             }
-        problems.append(shield.restore(problem))
+        problems.append(problem)
     raise RequestError(f"the chat template of {model_config.tokenizer!r} can't render this: {'; '.join(problems)}")
 
 
@@ -74,7 +76,7 @@ def render_chat(
 Part = str | tuple[str]
 
 
-def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[str, list[Part]]], dict[str, list]]:
+def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[str, list[Part]]], dict[str, MediaItems]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError("messages are a non-empty list of {'role': ..., 'content': ...}")
     conversation, media = [], {}
@@ -90,11 +92,16 @@ def _read_messages(messages: Messages, shield: "_Shield") -> tuple[list[tuple[st
             content = [{"type": "text", "text": content}]
         if not isinstance(content, Sequence):
             raise RequestError(f"the content of a message is text or a list of parts, got {_short(content)}")
-        conversation.append((message["role"], [_read_part(part, shield, media) for part in content]))
+        parts = [_read_part(part, shield, media) for part in content]
+        # A template may print a message's texts one behind the other, whatever stood between them.
+        texts = [(index, part) for index, part in enumerate(parts) if isinstance(part, str)]
+        for index, part in texts[:-1]:
+            parts[index] = shield.end(part)
+        conversation.append((message["role"], parts))
     return conversation, media
 
 
-def _read_part(part: Any, shield: "_Shield", media: dict[str, list]) -> Part:
+def _read_part(part: Any, shield: "_Shield", media: dict[str, MediaItems]) -> Part:
     if not isinstance(part, Mapping):
         raise RequestError(f"a part of a message is a dict with 'type', got {_short(part)}")
     kind = part.get("type")
@@ -109,7 +116,7 @@ def _read_part(part: Any, shield: "_Shield", media: dict[str, list]) -> Part:
         return shield.protect(value)
     if kind == "image_url":
         value = _image_url(value)
-    media.setdefault(MEDIA_KEYS[kind], []).append(value)
+    media.setdefault(MEDIA_KEYS[kind], MediaItems()).append(value)
     return (MEDIA_KEYS[kind],)
 
 
@@ -162,11 +169,11 @@ def _with_strings(conversation, placeholders) -> list[dict[str, Any]]:
     ]
 
 
-def _what_is_missing(text: str, conversation, placeholders: Mapping[str, list[str]]) -> str | None:
+def _what_is_missing(text: str, conversation, placeholders: Mapping[str, list[str]], shield: "_Shield") -> str | None:
     for _, parts in conversation:
         for part in parts:
             if isinstance(part, str) and part.strip() not in text:
-                return f"it drops the text {part!r}"
+                return f"it drops the text {shield.restore(part)!r}"
     for modality, wanted in placeholders.items():
         for placeholder in dict.fromkeys(wanted):
             if text.count(placeholder) != wanted.count(placeholder):
@@ -175,7 +182,11 @@ def _what_is_missing(text: str, conversation, placeholders: Mapping[str, list[st
 
 
 class _Shield:
-    """Keeps what a user typed from being read as special tokens, through template and tokenizer."""
+    """Keeps what a user typed from being read as special tokens, through template and tokenizer.
+
+    Marks stand in the text meanwhile: in the place of each special token's text, and where a part of a message ends,
+    for the end of one part and the beginning of the next may be such a text too.
+    """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, model_cls: type):
         self._tokenizer = tokenizer
@@ -191,14 +202,25 @@ class _Shield:
             if added.content and (added.special or added.content in placeholders)
         }
         literals = sorted(literals, key=len, reverse=True)
-        self._literal = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+        literal = "|".join(map(re.escape, literals)) or r"(?!)"
+        self._literal = re.compile(literal)
+        self._overlapping = re.compile(f"(?=({literal}))")
         self._mark = uuid.uuid4().hex
         self._marked = re.compile(f"\ue000{self._mark}:(\\d+)\ue001")
+        self._end = f"\ue000{self._mark}:end\ue001"
         self._kept: list[str] = []
 
     def protect(self, text: str) -> str:
         """``text`` with a mark in place of each special token's text."""
         return self._literal.sub(self._put, text)
+
+    def end(self, text: str) -> str:
+        """Protected ``text`` with a mark where it ends, before spaces that a template may cut off.
+
+        Of a blank one nothing changes: it stands behind another's mark, and a template may leave it out.
+        """
+        kept = text.rstrip()
+        return kept + self._end + text[len(kept) :] if kept else text
 
     def _put(self, match: re.Match) -> str:
         self._kept.append(match[0])
@@ -206,7 +228,17 @@ class _Shield:
 
     def restore(self, text: str) -> str:
         """Rendered text as the user would read it."""
-        return self._marked.sub(lambda match: self._kept[int(match[1])], text)
+        return self._marked.sub(lambda match: self._kept[int(match[1])], text.replace(self._end, ""))
+
+    def _pieces(self, text: str) -> list[str]:
+        """What stands between the ends within special tokens; the other ends go, as they would change the tokens."""
+        parts = text.split(self._end)
+        text = "".join(parts)
+        # The longest at each place: what a shorter one there reaches over, it reaches over too.
+        found = [match.span(1) for match in self._overlapping.finditer(text)] if len(parts) > 1 else []
+        ends = itertools.accumulate(map(len, parts[:-1]))
+        cuts = [end for end in ends if any(start < end < stop for start, stop in found)]
+        return [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
 
     def tokenize(self, text: str, *, multimodal: bool) -> tuple[int, ...]:
         """Tokens of rendered text; special tokens are added as Hugging Face does after its template.
@@ -215,13 +247,16 @@ class _Shield:
         """
         bos: Any = self._tokenizer.bos_token
         special = multimodal and not (bos and text.startswith(bos))
-        pieces = self._marked.split(text)  # text, number, text, number, ..., text
-        ids = list(self._tokenizer(pieces[0], add_special_tokens=special)["input_ids"])
-        for number, following in zip(pieces[1::2], pieces[2::2], strict=True):
-            literal = self._kept[int(number)]
-            for letters in (literal[:1], literal[1:], following):
-                if letters:
-                    ids += self._tokenizer(letters, add_special_tokens=False)["input_ids"]
+        texts = []
+        for piece in self._pieces(text):
+            plain, *marked = self._marked.split(piece)  # text, number, text, number, ..., text
+            texts.append(plain)
+            for number, following in zip(marked[::2], marked[1::2], strict=True):
+                literal = self._kept[int(number)]
+                texts += [literal[:1], literal[1:], following]
+        ids = list(self._tokenizer(texts[0], add_special_tokens=special)["input_ids"])
+        for letters in filter(None, texts[1:]):
+            ids += self._tokenizer(letters, add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from aphrodite_jax.errors import RegistrationError, RequestError
 
-__all__ = ["MultiModalInputs", "NestedArrays", "as_array"]
+__all__ = ["MediaItems", "MultiModalInputs", "NestedArrays", "as_array"]
 
 NestedArrays = np.ndarray | tuple["NestedArrays", ...]
 """An array, or, where shapes or dtypes differ, a tuple of arrays or of such tuples."""
@@ -18,6 +18,10 @@ def as_array(value: Any) -> np.ndarray | None:
     if isinstance(value, np.ndarray):
         return value
     return np.asarray(value) if hasattr(value, "__array__") and hasattr(value, "dtype") else None
+
+
+class MediaItems(list[Any]):
+    """A list of which each element is one item, whatever it is; a plain list of frames, say, is one video."""
 
 
 class MultiModalInputs(Mapping[str, NestedArrays]):

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import MediaError
 
-__all__ = ["open_image", "read_media"]
+__all__ = ["is_image_file", "open_image", "read_media"]
 
 _NOT_OPENED = {
     "BLP",  # these four may hold a whole JPEG or PNG of any size; ICO decodes it while it opens
@@ -68,18 +68,34 @@ def open_image(source: Any, model_config: ModelConfig) -> Image.Image:
             f"got {type(source).__name__}"
         )
     content, name = read_media(source, model_config, "image")
-    Image.init()
-    formats = [known for known in Image.ID if known not in _NOT_OPENED]
-    with _without_pillow_limit():
-        try:
-            image = Image.open(io.BytesIO(content), formats=formats)
-        except Exception as error:
-            raise MediaError(
-                f"{name} is no image file that can be read (convert {', '.join(sorted(_NOT_OPENED))} to PNG): "
-                f"{_reason(error)}"
-            ) from error
+    try:
+        image = _open_file(content, _NOT_OPENED)
+    except Exception as error:
+        raise MediaError(
+            f"{name} is no image file that can be read (convert {', '.join(sorted(_NOT_OPENED))} to PNG): "
+            f"{_reason(error)}"
+        ) from error
     with image:
         return _decode(image, limit, name)
+
+
+def is_image_file(content: bytes | bytearray | memoryview) -> bool:
+    """Whether these are the bytes of an image file, by the header, and not of a video's.
+
+    MPEG is a video's format, though Pillow knows it, and TGA has no signature: the bytes of a video may look like it.
+    """
+    try:
+        _open_file(bytes(content), _NOT_OPENED | {"MPEG", "TGA"}).close()
+    except Exception:  # Pillow's readers of headers fail in many ways
+        return False
+    return True
+
+
+def _open_file(content: bytes, formats_left_out: set[str]) -> Image.Image:
+    """Reads the header alone; fails with errors of any type."""
+    Image.init()
+    with _without_pillow_limit():
+        return Image.open(io.BytesIO(content), formats=[known for known in Image.ID if known not in formats_left_out])
 
 
 def read_media(source: Any, model_config: ModelConfig, what: str) -> tuple[bytes, str]:

@@ -1,6 +1,6 @@
 """MULTIMODAL_REGISTRY: which function maps which modality for which model class, and what an item may take."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -9,7 +9,7 @@ from aphrodite_jax.errors import ConfigError, RegistrationError, RequestError, T
 from aphrodite_jax.multimodal.context import InputContext, model_class
 from aphrodite_jax.multimodal.hashing import content_hash
 from aphrodite_jax.multimodal.hf_processors import OncePerConfig
-from aphrodite_jax.multimodal.inputs import MultiModalInputs
+from aphrodite_jax.multimodal.inputs import MediaItems, MultiModalInputs
 from aphrodite_jax.multimodal.mapped_items import MappedItems
 from aphrodite_jax.multimodal.model_functions import ClassTable, ModelT, call_model_function, check_function
 from aphrodite_jax.multimodal.plugins import AudioPlugin, ImagePlugin, MultiModalPlugin, VideoPlugin, embedding_rows
@@ -171,7 +171,10 @@ class MultiModalRegistry:
         items = {}
         for modality, data in (multi_modal_data or {}).items():
             plugin = self._plugin(modality, RequestError)
-            parts = () if data is None else plugin.split(data)
+            if isinstance(data, MediaItems):
+                parts = tuple(data)
+            else:
+                parts = () if data is None else plugin.split(data, model_config)
             if not parts:
                 continue
             self._mapper(model_config, modality)
@@ -213,16 +216,28 @@ class MultiModalRegistry:
           RegistrationError: the mappers of two modalities give the same keyword.
           RequestError: as `split_items`.
         """
-        arrays: dict[str, Any] = {}
+        items = self.split_items(model_config, multi_modal_data)
+        mapped = {modality: self.map_items(model_config, modality, found) for modality, found in items.items()}
+        self.check_keywords(model_config, mapped)
+        return MultiModalInputs({keyword: value for arrays in mapped.values() for keyword, value in arrays.items()})
+
+    def check_keywords(self, model_config: ModelConfig, keywords: Mapping[str, Iterable[str]]) -> None:
+        """Refuse mapped items of which two modalities have one keyword: the model could not tell them apart.
+
+        Args:
+          keywords: of the arrays of each modality's items.
+
+        Raises:
+          RegistrationError: there is such a keyword.
+        """
         origin: dict[str, str] = {}
-        for modality, items in self.split_items(model_config, multi_modal_data).items():
-            for keyword, value in self.map_items(model_config, modality, items).items():
-                if keyword in origin:
+        for modality, names in keywords.items():
+            for keyword in names:
+                if origin.setdefault(keyword, modality) != modality:
                     raise RegistrationError(
-                        f"the mappers of {origin[keyword]} and {modality} both give {keyword!r}; rename one"
+                        f"{model_class(model_config).__name__}: the mappers of {origin[keyword]} and {modality} both "
+                        f"give {keyword!r}; rename one"
                     )
-                arrays[keyword], origin[keyword] = value, modality
-        return MultiModalInputs(arrays)
 
     def mapper(self, model_config: ModelConfig, modality: str) -> InputMapper:
         """The function that maps items of ``modality`` for the model.

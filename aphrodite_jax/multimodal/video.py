@@ -7,6 +7,7 @@ names (``num_frames``, or ``fps`` between ``min_frames`` and ``max_frames``), sp
 import dataclasses
 import io
 import json
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,10 @@ def _with_times(source: Mapping[str, Any], model_config: ModelConfig) -> Video:
     frames = _frames(source["frames"], model_config)
     fps, timestamps = source.get("fps"), source.get("timestamps")
     if fps is not None:
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+        rate = float(fps) if isinstance(fps, numbers.Real) and not isinstance(fps, bool) else 0.0
+        if not 0 < rate < float("inf"):
             raise MediaError(f"fps of a video is a number above 0, got {fps!r}")
-        timestamps = np.arange(len(frames)) / fps
+        timestamps = np.arange(len(frames)) / rate
     if timestamps is None:
         return Video(frames=frames)
     times = np.asarray(timestamps)

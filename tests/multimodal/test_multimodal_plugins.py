@@ -1,5 +1,7 @@
 """What each modality takes as an item, how it is opened, and what its defaults make of it."""
 
+import functools
+import io
 import json
 
 import llava_files
@@ -11,9 +13,12 @@ from PIL import Image
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import ConfigError, MediaError, RegistrationError, RequestError
+from aphrodite_jax.inputs import load_tokenizer, render_chat
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, InputContext, MultiModalInputs, Video, embedding_rows
+from aphrodite_jax.multimodal.context import model_class
 from aphrodite_jax.multimodal.hf_processors import image_processor, items_of
 from aphrodite_jax.multimodal.plugins import AudioPlugin, ImagePlugin, VideoPlugin
+from aphrodite_jax.multimodal.registry import default_registry
 
 WIDTH = llava_files.WIDTH
 
@@ -40,8 +45,25 @@ def embeddings(rows=3, width=WIDTH, dtype=np.float32) -> np.ndarray:
 # Images.
 
 
-def test_items_of_images():
-    split = ImagePlugin().split
+def encoded(image, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+# The first bytes of video files: MP4, WebM, MPEG transport, program and elementary streams, AVI.
+CLIPS = [
+    b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(64),
+    b"\x1aE\xdf\xa3\x01\0\0\0\0\0\0\x1fB\x86\x81\x01" + bytes(64),
+    b"G@\x11\x10\0B\xf0%\0\x01\xc1\0\0\xff\x01\xff" + bytes(172),
+    b"\0\0\1\xba!\0\1\0\1\x80\0\1" + bytes(64),
+    b"\0\0\1\xb3\x16\0\xf0\x13\xff\xff\xe0\x18" + bytes(64),
+    b"RIFF\x24\0\0\0AVI LIST" + bytes(64),
+]
+
+
+def test_items_of_images(model_config):
+    split = functools.partial(ImagePlugin().split, model_config=model_config)
     a, b = picture(), picture(seed=1)
     assert split(a) == (a,)
     assert split([a, b]) == split((a, b)) == (a, b)
@@ -67,8 +89,8 @@ def test_embeddings_are_opened_to_float32(model_config, plugin, dtype):
     assert embedding_rows(opened) == 3
     np.testing.assert_array_equal(plugin.open(opened, model_config), opened)
     several = np.stack([given, given])
-    assert [x.shape for x in plugin.split(several)] == [given.shape] * 2
-    (one,) = plugin.split(given)
+    assert [x.shape for x in plugin.split(several, model_config)] == [given.shape] * 2
+    (one,) = plugin.split(given, model_config)
     assert one is given
 
 
@@ -86,6 +108,20 @@ def test_embeddings_of_another_width_or_of_no_rows(model_config, plugin, shape):
 def test_image_embeddings_of_another_rank(model_config, shape):
     with pytest.raises(MediaError, match=r"image embeddings of one item are \[rows, 16\]"):
         ImagePlugin().open(np.zeros(shape, np.float32), model_config)
+
+
+@pytest.mark.parametrize(
+    ("modality", "pixels"), [("image", "an image is a uint8"), ("video", "a video's frames are a uint8")]
+)
+@pytest.mark.parametrize("shape", [(48, 64, 3), (3, 48, 64), (1, 48, 64, 3)])
+def test_floating_point_pixels_are_not_taken_for_many_embeddings(model_config, modality, pixels, shape):
+    plugin = {"image": ImagePlugin(), "video": VideoPlugin()}[modality]
+    (item,) = plugin.split(np.zeros(shape, np.float32), model_config)
+    got = ", ".join(map(str, shape))
+    with pytest.raises(
+        MediaError, match=rf"{modality} embeddings of one item are \[rows, 16\].*got \[{got}\].*{pixels}"
+    ):
+        plugin.open(item, model_config)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
@@ -229,8 +265,8 @@ def test_results_that_are_not_one_an_item():
 # Videos.
 
 
-def test_items_of_videos():
-    split = VideoPlugin().split
+def test_items_of_videos(model_config):
+    split = functools.partial(VideoPlugin().split, model_config=model_config)
     a, b = [picture(), picture(seed=1)], [picture(seed=2)]
     array = np.zeros((5, 4, 4, 3), np.uint8)
     assert split(a) == (a,)
@@ -247,6 +283,36 @@ def test_items_of_videos():
     assert split(["a.mp4", "b.webm"]) == ("a.mp4", "b.webm")
     assert split("a.mp4") == ("a.mp4",)
     assert split([]) == ([],)
+    names = ["a.ts", "a.mkv", "clips/a", "clip.MPG", "data:video/x-own;base64,AA==", "data:;base64,AA=="]
+    assert split(names) == tuple(names)
+    frames = ["a.webp", "b.JPEG", "data:image/png;base64,AA==", "c.tif"]
+    assert split(frames) == (frames,)
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
+def test_bytes_in_a_list_are_videos_unless_they_are_pictures(model_config, wrap):
+    split = functools.partial(VideoPlugin().split, model_config=model_config)
+    clips = [wrap(clip) for clip in CLIPS]
+    assert split(clips) == tuple(clips)
+    assert split(clips[:1]) == (clips[0],)
+    frames = [wrap(encoded(picture(), kind)) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    assert split(frames) == (frames,)
+
+
+def test_each_item_of_a_chat_is_one_video(model_config, tmp_path, monkeypatch):
+    """Whatever its name: no list of frames is made of them."""
+    llava_files.write_llava(tmp_path)
+    llava_files.write_tokenizer(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    own = ModelConfig(model=tmp_path)
+    items = ["a.png", CLIPS[0], [picture()], encoded(picture())]
+    content = [{"type": "video", "video": item} for item in items]
+    prompt = render_chat([{"role": "user", "content": content}], load_tokenizer(own), own)
+    assert prompt["multi_modal_data"] == {"video": items}
+    monkeypatch.setattr(VideoPlugin, "open", lambda self, item, model_config: item)
+    registry = default_registry()
+    registry.register_video_input_mapper()(model_class(own))
+    asked = ModelConfig(model=tmp_path, limit_mm_per_prompt={"video": len(items)})
+    assert registry.split_items(asked, prompt["multi_modal_data"]) == {"video": tuple(items)}
 
 
 def test_the_default_video_mapper_needs_a_processor(model_config):
@@ -267,8 +333,8 @@ def test_default_bounds_come_from_the_config(tmp_path, plugin):
 # Audio.
 
 
-def test_items_of_audio():
-    split = AudioPlugin().split
+def test_items_of_audio(model_config):
+    split = functools.partial(AudioPlugin().split, model_config=model_config)
     wave = np.zeros(10, np.float32)
     assert split((wave, 16000)) == ((wave, 16000),)
     assert split([wave, 16000]) == ([wave, 16000],)

@@ -1,5 +1,6 @@
 """MULTIMODAL_REGISTRY on its own: a model directory and a config value are all that it needs."""
 
+import dataclasses
 import gc
 import threading
 import warnings
@@ -12,7 +13,10 @@ from PIL import Image
 
 from aphrodite_jax import register_model
 from aphrodite_jax.config import ModelConfig
+from aphrodite_jax.engine.admission import map_media
+from aphrodite_jax.engine.profiling import media_shapes
 from aphrodite_jax.errors import ConfigError, MediaError, RegistrationError, RequestError, TooManyItemsError
+from aphrodite_jax.inputs import INPUT_REGISTRY, DummyData, LLMInputs, PlaceholderRange
 from aphrodite_jax.modeling.models.interfaces import SupportsMultiModal
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, MultiModalInputs, MultiModalPlugin, MultiModalRegistry
 from aphrodite_jax.multimodal.registry import default_registry
@@ -156,8 +160,43 @@ def test_two_mappers_of_one_keyword(registry, serve):
     image, audio = {"image": picture()}, {"audio": (np.ones(4, np.float32), 16000)}
     assert registry.map_input(model_config, image)["values"].shape == (1, 2)
     assert registry.map_input(model_config, audio)["values"].shape == (1, 2)
-    with pytest.raises(RegistrationError, match="the mappers of image and audio both give 'values'; rename one"):
+    with pytest.raises(RegistrationError, match="Both: the mappers of image and audio both give 'values'; rename one"):
         registry.map_input(model_config, image | audio)
+
+
+def test_the_engine_refuses_two_mappers_of_one_keyword(serve):
+    """For the dummy data at the start, and for a request that has both."""
+
+    def to_values(ctx, items):
+        return MultiModalInputs({"values": np.zeros((len(items), 2), np.float32)})
+
+    def dummy_data(ctx, seq_len, mm_counts):
+        media = {"audio": [(np.ones(4, np.float32), 16000)], "image": [picture()]}
+        return DummyData(prompt_token_ids=(0, 0), multi_modal_data=media)
+
+    def place(ctx, inputs):
+        places = {"audio": (PlaceholderRange(0, 1),), "image": (PlaceholderRange(1, 1),)}
+        return dataclasses.replace(inputs, placeholders={name: places[name] for name in inputs.multi_modal_data})
+
+    @MULTIMODAL_REGISTRY.register_audio_input_mapper(to_values)
+    @MULTIMODAL_REGISTRY.register_image_input_mapper(to_values)
+    @MULTIMODAL_REGISTRY.register_max_audio_tokens(1)
+    @MULTIMODAL_REGISTRY.register_max_image_tokens(1)
+    @INPUT_REGISTRY.register_dummy_data(dummy_data)
+    @INPUT_REGISTRY.register_input_processor(place)
+    class TwoOfOne(SupportsMultiModal):
+        pass
+
+    model_config = serve(TwoOfOne)
+    message = "TwoOfOne: the mappers of audio and image both give 'values'; rename one"
+    with pytest.raises(RegistrationError, match=message):
+        media_shapes(model_config, lambda mm_kwargs: {"image": [1]})
+    dummy = dummy_data(None, 2, {})
+    inputs = LLMInputs(prompt_token_ids=dummy.prompt_token_ids, multi_modal_data=dummy.multi_modal_data)
+    with pytest.raises(RegistrationError, match=message):
+        map_media(model_config, INPUT_REGISTRY.process_input(model_config, inputs))
+    one = dataclasses.replace(inputs, multi_modal_data={"image": inputs.multi_modal_data["image"]})
+    assert len(map_media(model_config, INPUT_REGISTRY.process_input(model_config, one))) == 1
 
 
 def test_limits_of_modalities_that_the_model_does_not_take(llava, tmp_path):

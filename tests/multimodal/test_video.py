@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ def test_times_of_frames(model_config):
     video = open_video({"frames": frames(3), "fps": 4}, model_config)
     assert video.timestamps == (0.0, 0.25, 0.5)
     assert video.fps == 4
+    for fps in (np.float32(4), np.int64(4), Fraction(4)):
+        assert open_video({"frames": frames(3), "fps": fps}, model_config).timestamps == (0.0, 0.25, 0.5)
     video = open_video({"frames": frames(3), "timestamps": [0, 1, 4]}, model_config)
     assert video.timestamps == (0.0, 1.0, 4.0)
     assert video.fps == 0.5
@@ -132,6 +135,9 @@ def test_sampling_for_a_model_without_videos_is_refused(model_config):
         ({"fps": 2}, "a video as a mapping has 'frames'"),
         ({"frames": frames(2), "fps": 2, "timestamps": [0, 1]}, "one of 'fps' and 'timestamps'"),
         ({"frames": frames(2), "fps": 0}, "fps of a video is a number above 0"),
+        ({"frames": frames(2), "fps": np.float32("nan")}, "fps of a video is a number above 0"),
+        ({"frames": frames(2), "fps": np.True_}, "fps of a video is a number above 0"),
+        ({"frames": frames(2), "fps": "2"}, "fps of a video is a number above 0"),
         ({"frames": frames(2), "timestamps": [0]}, "one number of seconds a frame: 2"),
         ({"frames": frames(2), "timestamps": [1, 0]}, "never fall"),
         ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], "frames of a video have one size, got 4x4, 5x4"),

@@ -10,7 +10,12 @@ from aphrodite_jax.errors import MediaError
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.hf_processors import audio_processor, items_of
 from aphrodite_jax.multimodal.inputs import MultiModalInputs, as_array
-from aphrodite_jax.multimodal.plugins.base import MultiModalPlugin, check_embeddings, is_floating
+from aphrodite_jax.multimodal.plugins.base import (
+    MultiModalPlugin,
+    check_embeddings,
+    is_floating,
+    is_stack_of_embeddings,
+)
 
 __all__ = ["AudioPlugin"]
 
@@ -20,18 +25,18 @@ class AudioPlugin(MultiModalPlugin):
 
     modality = "audio"
 
-    def split(self, data: Any) -> tuple[Any, ...]:
+    def split(self, data: Any, model_config: ModelConfig) -> tuple[Any, ...]:
         """As the base, but that one ``(waveform, sampling rate)`` is one item."""
         array = as_array(data)
-        if array is not None and array.ndim == 3:
+        if array is not None and is_stack_of_embeddings(array, model_config):
             return tuple(array)
-        return (data,) if _is_waveform(data) else super().split(data)
+        return (data,) if _is_waveform(data) else super().split(data, model_config)
 
     def open(self, item: Any, model_config: ModelConfig) -> Any:
         """A float32 waveform ``[samples]`` in [-1, 1] with its rate in hertz; or float32 embeddings."""
         array = as_array(item)
         if array is not None and array.ndim == 2 and is_floating(array):
-            return check_embeddings(array, model_config, self.modality)
+            return check_embeddings(array, model_config, self.modality, "a recording is (waveform, sampling rate)")
         if not _is_waveform(item):
             raise MediaError(
                 "an audio item is (waveform, sampling rate): an array [samples] and a number of hertz; "

@@ -11,7 +11,7 @@ from aphrodite_jax.errors import MediaError, RegistrationError
 from aphrodite_jax.multimodal.context import InputContext
 from aphrodite_jax.multimodal.inputs import MultiModalInputs
 
-__all__ = ["MultiModalPlugin", "check_embeddings", "embedding_rows"]
+__all__ = ["MultiModalPlugin", "check_embeddings", "embedding_rows", "is_floating", "is_stack_of_embeddings"]
 
 
 class MultiModalPlugin(abc.ABC):
@@ -23,7 +23,7 @@ class MultiModalPlugin(abc.ABC):
 
     modality: ClassVar[str]
 
-    def split(self, data: Any) -> tuple[Any, ...]:
+    def split(self, data: Any, model_config: ModelConfig) -> tuple[Any, ...]:
         """Items of what the user gave: a list or tuple has one each, anything else is one."""
         return tuple(data) if isinstance(data, list | tuple) else (data,)
 
@@ -61,8 +61,16 @@ def is_floating(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
 
 
-def check_embeddings(array: np.ndarray, model_config: ModelConfig, modality: str) -> np.ndarray:
+def is_stack_of_embeddings(array: np.ndarray, model_config: ModelConfig) -> bool:
+    """Whether these are embeddings of several items, ``[items, rows, D]``, and no floating-point pixels."""
+    return array.ndim == 3 and is_floating(array) and array.shape[-1] == model_config.hf_text_config.hidden_size
+
+
+def check_embeddings(array: np.ndarray, model_config: ModelConfig, modality: str, otherwise: str) -> np.ndarray:
     """Embeddings ``[rows, D]`` as float32, as wide as the model's token embeddings.
+
+    Args:
+      otherwise: how to give an item that is no embeddings, for the message.
 
     Raises:
       MediaError: another rank or width, no rows, or values that are not finite.
@@ -70,7 +78,8 @@ def check_embeddings(array: np.ndarray, model_config: ModelConfig, modality: str
     width = model_config.hf_text_config.hidden_size
     if array.ndim != 2 or array.shape[1] != width or not len(array):
         raise MediaError(
-            f"{modality} embeddings of one item are [rows, {width}] for this model, got {list(array.shape)}"
+            f"{modality} embeddings of one item are [rows, {width}] for this model, got {list(array.shape)} "
+            f"({otherwise})"
         )
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused
         array = array.astype(np.float32)

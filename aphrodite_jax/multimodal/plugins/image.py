@@ -14,6 +14,7 @@ from aphrodite_jax.multimodal.plugins.base import (
     check_embeddings,
     embedding_rows,
     is_floating,
+    is_stack_of_embeddings,
 )
 
 __all__ = ["ImagePlugin"]
@@ -24,18 +25,19 @@ class ImagePlugin(MultiModalPlugin):
 
     modality = "image"
 
-    def split(self, data: Any) -> tuple[Any, ...]:
+    def split(self, data: Any, model_config: ModelConfig) -> tuple[Any, ...]:
         """As the base; an array ``[items, height, width, C]`` or ``[items, rows, D]`` has its items on axis 0."""
         array = as_array(data)
-        if array is not None and array.ndim == (3 if is_floating(array) else 4):
-            return tuple(array)
-        return super().split(data)
+        if array is None:
+            return super().split(data, model_config)
+        several = is_stack_of_embeddings(array, model_config) if is_floating(array) else array.ndim == 4
+        return tuple(array) if several else (data,)
 
     def open(self, item: Any, model_config: ModelConfig) -> Any:
         """An upright RGB ``PIL.Image``, or float32 embeddings."""
         array = as_array(item)
         if array is not None and is_floating(array):
-            return check_embeddings(array, model_config, self.modality)
+            return check_embeddings(array, model_config, self.modality, "an image is a uint8 array")
         return open_image(item, model_config)
 
     def default_mapper(self, ctx: InputContext, items: Sequence[Any]) -> MultiModalInputs:
