@@ -162,8 +162,9 @@ class EngineConfig:
       memory_fraction: share of an accelerator's memory that may be used in all.
       encoder_cache_tokens: rows of encoded media kept on device; None takes what one prompt at its limits
         needs, and room for one prefill step.
-      max_encode_items: media items of one shape that are encoded together at most, and never more than 4096 rows of
-        several on a device: fewer take less memory.
+      max_encode_items: media items of one shape that are encoded together at most, rounded up to what gives each
+        device that encodes its own as many; and never more than 4096 rows of several on a device. Fewer take less
+        memory.
       prefix_caching: whether a prompt begins behind pages that hold its first tokens and media already.
       tensor_parallel_size: devices that the model is divided over.
       encoder_parallel: how these encode media: "items", each device its own, for which all of the encoder's weights lie

@@ -58,7 +58,7 @@ PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
 MAX_ENCODE_ROWS = 4096
 """Rows of media that a device encodes together at most; one item may have more."""
-EVERYWHERE, BY_HEAD = PartitionSpec(), PartitionSpec(None, MODEL)
+EVERYWHERE, BY_HEAD, BY_ITEM = PartitionSpec(), PartitionSpec(None, MODEL), PartitionSpec(MODEL)
 """Where arrays lie on a mesh: whole on every device, or their heads divided."""
 MAX_DECODE_STEPS = 8
 """Tokens of each request in one decode program at most."""
@@ -351,7 +351,8 @@ class ModelPrograms:
     def encode_job(
         self, arrays: DeviceArrays, media: Mapping[str, Any], count: int, rows: Sequence[np.ndarray] = ()
     ) -> CompileJob:
-        """Media of ``count`` items into ``rows[i]`` of the encoder cache."""
+        """Media of ``count`` items into ``rows[i]`` of the encoder cache, filled up to a bucket."""
+        media, count = self._filled_up(media, count)
 
         def embed(params, media):
             embeds = nnx.merge(self.graphdef, params).embed_multimodal(**media)
@@ -367,22 +368,49 @@ class ModelPrograms:
         for offset, item_rows in zip(np.cumsum(per_item) - per_item, rows, strict=False):
             targets[offset : offset + len(item_rows)] = item_rows
         key = (count, tuple((name, x.shape, str(x.dtype)) for name, x in sorted(media.items())))
-        args = (arrays.params, arrays.encoder_cache, dict(media), targets)
+        args = (arrays.params, arrays.encoder_cache, media, targets)
         return CompileJob(name="encode", key=key, fn=encode, args=args, donate=(1,))
 
     def encode_part(self, media: Mapping[str, Any], count: int) -> int:
-        """How many of ``count`` items with arrays such as ``media`` are encoded next, in a bucket that they fill."""
-        return round_down(count, self._encode_counts(media))
+        """How many of ``count`` items with arrays such as ``media`` are encoded next, in a bucket that they fill.
+
+        Of the smallest bucket that is asked of one device alone: others have something to do or not.
+        """
+        counts = self._encode_counts(media)
+        return count if count <= counts[0] else round_down(count, counts)
 
     def _encode_counts(self, media: Mapping[str, Any]) -> tuple[int, ...]:
-        """How many items of such a shape may be encoded together; ``media`` are those of one."""
+        """How many items of such a shape may be encoded together; ``media`` are those of one.
+
+        Where each device encodes items of its own, as many for each.
+        """
         rows = sum(sum(counts) for counts in self.rows_per_item(media).values())
-        devices = self._devices if self._by_items else 1
-        return tuple(n for n in self.buckets.encode_items if n == 1 or -(-n // devices) * rows <= MAX_ENCODE_ROWS)
+        of_each = sorted({-(-n // self._encoders) for n in self.buckets.encode_items})
+        return tuple(n * self._encoders for n in of_each if n == 1 or n * rows <= MAX_ENCODE_ROWS)
+
+    @property
+    def _encoders(self) -> int:
+        """Devices that encode different items at the same time."""
+        return self._devices if self._by_items else 1
+
+    def _filled_up(self, media: Mapping[str, Any], count: int) -> tuple[dict[str, Any], int]:
+        """Arrays of as many items as the encoders take, each with its own; items that are nothing behind the others."""
+        missing = -count % self._encoders
+        if self._encoders == 1 or any(isinstance(x, jax.ShapeDtypeStruct) for x in media.values()):
+            assert not missing, "shapes are those of a bucket"
+            return dict(media), count
+        filled = {name: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for name, x in media.items()}
+        placed = {
+            name: jax.make_array_from_callback(x.shape, self.sharding(BY_ITEM), x.__getitem__)
+            for name, x in filled.items()
+        }
+        return placed, count + missing
 
     def encode_job_of(self, arrays: DeviceArrays, shapes: MediaShapes, count: int) -> CompileJob:
         """The encode program for ``count`` items whose arrays ``[1, ...]`` have these shapes."""
-        media = {name: self.shape((count, *x.shape[1:]), x.dtype) for name, x in shapes.items()}
+        count += -count % self._encoders
+        spec = BY_ITEM if self._encoders > 1 else EVERYWHERE
+        media = {name: self.shape((count, *x.shape[1:]), x.dtype, spec) for name, x in shapes.items()}
         return self.encode_job(arrays, media, count)
 
     def store_job(self, arrays: DeviceArrays, embeds: np.ndarray, targets: np.ndarray) -> CompileJob:

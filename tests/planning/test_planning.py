@@ -178,7 +178,7 @@ def test_the_compiler_estimates_the_attention_kernels(plan):
 
 def test_throughput_and_cost_follow_from_the_floors(plan):
     found, estimates = plan.throughput, plan.estimates
-    assert found.encode_seconds == 4 * estimates.encode.seconds
+    assert found.encode_seconds == 2 * estimates.encode.seconds  # of four images, two at a time
     assert found.prefill_seconds == pytest.approx(4 * (64 + IMAGE) / 256 * estimates.prefill.seconds)
     assert found.decode_seconds == 128 * estimates.decode.seconds
     round_seconds = found.encode_seconds + found.prefill_seconds + found.decode_seconds
