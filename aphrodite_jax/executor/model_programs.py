@@ -395,15 +395,13 @@ class ModelPrograms:
 
     def _filled_up(self, media: Mapping[str, Any], count: int) -> tuple[dict[str, Any], int]:
         """Arrays of as many items as the encoders take, each with its own; items that are nothing behind the others."""
-        missing = -count % self._encoders
-        if self._encoders == 1 or any(isinstance(x, jax.ShapeDtypeStruct) for x in media.values()):
+        missing, sharding = -count % self._encoders, self.sharding(BY_ITEM)
+        is_bucket = any(isinstance(x, jax.ShapeDtypeStruct) for x in media.values())
+        if self._encoders == 1 or sharding is None or is_bucket:
             assert not missing, "shapes are those of a bucket"
             return dict(media), count
         filled = {name: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for name, x in media.items()}
-        placed = {
-            name: jax.make_array_from_callback(x.shape, self.sharding(BY_ITEM), x.__getitem__)
-            for name, x in filled.items()
-        }
+        placed = {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in filled.items()}
         return placed, count + missing
 
     def encode_job_of(self, arrays: DeviceArrays, shapes: MediaShapes, count: int) -> CompileJob:
