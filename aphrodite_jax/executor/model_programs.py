@@ -359,9 +359,10 @@ class ModelPrograms:
             return {modality: jnp.stack(list(items)) for modality, items in embeds.items() if len(items)}
 
         def encode(params, encoder_cache, media, targets):
-            embeds = over_items(embed, params, media) if self._by_items else embed(params, media)
-            made = jnp.concatenate([items.reshape(-1, items.shape[-1]) for items in embeds.values()])
-            return by_columns(encoder_cache.at[targets].set(whole(made).astype(encoder_cache.dtype), mode="drop"))
+            embeds = over_items(embed, params, media) if self._by_items else whole(embed(params, media))
+            rows = [by_columns(items.reshape(-1, items.shape[-1])) for items in embeds.values()]
+            made = jnp.concatenate(rows).astype(encoder_cache.dtype)
+            return by_columns(encoder_cache.at[targets].set(made, mode="drop"))
 
         per_item = [n for counts in self.rows_per_item(media).values() for n in counts]
         targets = np.full(sum(per_item), self.encoder_rows, np.int32)  # past the end: dropped

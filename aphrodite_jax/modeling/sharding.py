@@ -145,17 +145,18 @@ def over_items(
 ) -> Mapping[str, jax.Array]:
     """``function(params, arrays)``, of which each device computes its own items, with all of ``params``.
 
-    Axis 0 of ``arrays`` and of what the function gives is that of items, of which none needs another. What it gives
-    lies whole on every device: one gather. Items that are no multiple of the devices are filled up by zeros, which come
-    to nothing. Without a mesh it is the function alone.
+    Axis 0 of ``arrays`` and of what the function gives is that of items, of which none needs another. The devices then
+    exchange what they made, so that each has its columns (the last axis) of all items, as with `by_columns`. Items that
+    are no multiple of the devices are filled up by zeros, which come to nothing. Without a mesh it is the function
+    alone.
     """
     if current_mesh() is None:
         return function(params, arrays)
     count = len(next(iter(arrays.values())))
     padding = -count % model_axis_size()
     filled = {name: jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)]) for name, x in arrays.items()}
-    made = whole(over_model_axis(function, (P(), P(MODEL)), P(MODEL))(params, filled))
-    return {name: x[: len(x) // (count + padding) * count] for name, x in made.items()}
+    made = over_model_axis(function, (P(), P(MODEL)), P(MODEL))(params, filled)
+    return {name: by_columns(x)[: len(x) // (count + padding) * count] for name, x in made.items()}
 
 
 def whole(tree: Any) -> Any:
@@ -163,16 +164,16 @@ def whole(tree: Any) -> Any:
     return tree if current_mesh() is None else jax.lax.with_sharding_constraint(tree, P())
 
 
-def by_columns(rows: Float[Array, "T W"]) -> Float[Array, "T W"]:
+def by_columns(rows: Float[Array, "*T W"]) -> Float[Array, "*T W"]:
     """Rows of which each device has some columns; whole where the devices don't divide them."""
     if current_mesh() is None:
         return rows
-    return jax.lax.with_sharding_constraint(rows, column_spec(rows.shape[-1], model_axis_size()))
+    return jax.lax.with_sharding_constraint(rows, column_spec(rows.shape[-1], model_axis_size(), rows.ndim))
 
 
-def column_spec(width: int, devices: int) -> P:
-    """Where rows of ``width`` columns lie with `by_columns`."""
-    return P() if width % devices else P(None, MODEL)
+def column_spec(width: int, devices: int, ndim: int = 2) -> P:
+    """Where rows of ``width`` columns lie with `by_columns`, the columns being the last of ``ndim`` axes."""
+    return P() if width % devices else P(*[None] * (ndim - 1), MODEL)
 
 
 def whole_rows(rows: Float[Array, "T W"]) -> Float[Array, "T W"]:

@@ -11,7 +11,7 @@ from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.executor.model_programs import DeviceArrays, ModelPrograms, device_bytes
 from aphrodite_jax.executor.programs import CompiledProgram, CompileJob, Programs
 from aphrodite_jax.modeling.sharding import MODEL
-from aphrodite_jax.planning.floors import Floor, all_gather_bytes, all_reduce_bytes, floor_of
+from aphrodite_jax.planning.floors import Floor, all_gather_bytes, all_reduce_bytes, all_to_all_bytes, floor_of
 from aphrodite_jax.planning.kernel_estimates import TILE, KernelEstimate, estimate_attention
 from aphrodite_jax.planning.report import Estimates, Throughput
 from aphrodite_jax.planning.targets import Target
@@ -133,7 +133,10 @@ class Estimator:
             bytes_ += usual.bytes_accessed
         for q, pages in self._attention(num_decode):
             flops -= costs.paged_decode(q, pages, self._made.max_pages).flops
-        return floor_of(self._target, bytes=bytes_, flops=flops, sent=self._sent(num_decode + tokens, requests))
+        sent = self._sent(num_decode + tokens, requests)
+        if self._image is not None:
+            sent += all_gather_bytes(self._rows_bytes(num_decode + tokens), self._devices)
+        return floor_of(self._target, bytes=bytes_, flops=flops, sent=sent)
 
     def _encode(self, program: CompiledProgram) -> Floor:
         assert self.encode_job is not None
@@ -142,7 +145,7 @@ class Estimator:
             self._target,
             bytes=_argument_bytes(program),
             flops=program.call.cost_analysis()["flops"],
-            sent=all_gather_bytes(rows * self._made.width * self._made.dtype.itemsize, self._devices),
+            sent=all_to_all_bytes(self._rows_bytes(rows), self._devices),
         )
 
     def _attention(self, rows: int) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
@@ -153,6 +156,10 @@ class Estimator:
             local = jax.ShapeDtypeStruct(pages.sharding.shard_shape(pages.shape), pages.dtype)
             found.append((jax.ShapeDtypeStruct((rows, heads, head_dim), self._made.dtype), local))
         return found
+
+    def _rows_bytes(self, rows: int) -> int:
+        """Of rows of the encoder cache, all columns."""
+        return rows * self._made.width * self._made.dtype.itemsize
 
     def _sent(self, rows: int, logits: int) -> float:
         """What a run of the decoder sends: two sums a layer and one behind the embedding, and parts of the logits."""

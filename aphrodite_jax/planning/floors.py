@@ -11,7 +11,7 @@ import dataclasses
 
 from aphrodite_jax.planning.targets import Target
 
-__all__ = ["Floor", "all_gather_bytes", "all_reduce_bytes", "floor_of"]
+__all__ = ["Floor", "all_gather_bytes", "all_reduce_bytes", "all_to_all_bytes", "floor_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,3 +51,8 @@ def all_reduce_bytes(size: float, devices: int) -> float:
 def all_gather_bytes(size: float, devices: int) -> float:
     """That each device sends so that all have the whole ``size`` bytes, of which each has its part."""
     return size * (devices - 1) / devices
+
+
+def all_to_all_bytes(size: float, devices: int) -> float:
+    """That each device sends of its part of ``size`` bytes, of which every device wants an equal share."""
+    return size * (devices - 1) / devices**2

@@ -107,15 +107,16 @@ def test_two_sums_a_layer_and_one_for_the_embeddings(told, case):
 
 
 @pytest.mark.parametrize("case", WITH_MEDIA)
-def test_encoding_gathers_rows_of_items_or_sums_in_each_layer(told, case):
+def test_encoding_exchanges_rows_of_items_once_or_sums_in_each_layer(told, case):
     name, devices, encoder_parallel = case.split(":")
     devices = int(devices.rpartition("x")[2])
     for program in programs(told, case, "encode"):
         found = program["collectives"]
         if encoder_parallel == "items":
-            assert found.keys() == {"all-gather"}
-            [shape] = found["all-gather"]
-            assert shape[0] == max(2, devices)  # two images, or a video, filled up
+            assert found.keys() == {"all-to-all"}  # each device keeps its columns of all items' rows
+            of_each, width = max(2, devices) // devices, told[case]["width"]  # two images, or a video, filled up
+            parts = {(shape[0], shape[-1]) for shape in found["all-to-all"]}
+            assert parts == {(of_each, width // devices)}
         else:
             layers, projectors = TOWERS[name]
             of_layer = 2 if devices == 2 else 1  # towers have two heads: with more devices attention is whole

@@ -24,7 +24,7 @@ from aphrodite_jax.modeling.models.llama import LlamaForCausalLM
 from aphrodite_jax.planning import Workload, as_json, as_text, find_target, make_plan, with_processor
 from aphrodite_jax.planning import plan as plan_module
 from aphrodite_jax.planning.advice import Needs, remedies
-from aphrodite_jax.planning.floors import all_gather_bytes, all_reduce_bytes, floor_of
+from aphrodite_jax.planning.floors import all_gather_bytes, all_reduce_bytes, all_to_all_bytes, floor_of
 from aphrodite_jax.planning.shapes import weight_bytes
 from aphrodite_jax.planning.workload import usual_image
 
@@ -117,13 +117,23 @@ def test_bytes_are_those_of_memory_analysis(made):
     assert abs(pages - plan.memory.kv_pages) < 0.05 * plan.memory.device  # about as many as there will be
 
 
-def test_the_engine_counts_about_as_many_pages(plan, llava, monkeypatch):
+def test_the_engine_counts_about_as_many_pages(tmp_path, monkeypatch):
     """It compiles programs for one page; so does a plan where the compiler refuses as many as it took for there."""
-    monkeypatch.setattr(plan_module._Planner, "_assumed_pages", lambda self: 400_000)
-    with jax.numpy_dtype_promotion("standard"):
-        config = ModelConfig(model=llava, max_model_len=1024, **SMALL_IMAGES)
-        found = make_plan(config, ENGINE, find_target("v5e:2x2"), WORK, estimate_kernels=False)
-    assert {x.pages for x in found.programs} == {1}
+    transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=512, intermediate_size=1024, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=512, max_position_embeddings=1024,
+    ).save_pretrained(tmp_path)  # fmt: skip
+
+    @jax.numpy_dtype_promotion("standard")  # flax's own norms add bfloat16 to float32
+    def make():
+        return make_plan(
+            ModelConfig(model=tmp_path, dtype="bfloat16"), ENGINE, find_target("v5e:2x2"), WORK, estimate_kernels=False
+        )
+
+    plan = make()
+    monkeypatch.setattr(plan_module._Planner, "_assumed_pages", lambda self: 100_000_000)
+    found = make()
+    assert {x.pages for x in found.programs} == {1} != {x.pages for x in plan.programs}
     assert abs(found.memory.kv_pages - plan.memory.kv_pages) < 0.01 * plan.memory.device
 
 
@@ -163,7 +173,10 @@ def test_floors_follow_from_bytes_and_operations(plan):
     products = 2 * (LAYER * rows + WIDTH * VOCABULARY * 4) / 2  # on each of two devices
     assert products < prefill.flops < 1.1 * products
     sums = 3 * all_reduce_bytes(4 * WIDTH * 2, 2)  # two a layer, one behind the embedding
-    assert decode.sent == sums + all_gather_bytes(4 * VOCABULARY * 4, 2)
+    logits = all_gather_bytes(4 * VOCABULARY * 4, 2)
+    assert decode.sent == sums + logits
+    media = all_gather_bytes(rows * WIDTH * 2, 2)  # rows of the encoder cache, which is divided by columns
+    assert prefill.sent == sums * rows / 4 + logits + media
     assert plan.estimates.encode.flops > 2 * IMAGE * TOWER_LAYER  # the last layer's output is not wanted
 
 
@@ -363,4 +376,4 @@ def test_floors_add_the_exchange_to_the_longer_of_the_others():
     assert find_target("v5e:1x1").egress is None
     floor = floor_of(target, bytes=819e9, flops=0, sent=100e9)
     assert floor.seconds == 2.0
-    assert (all_reduce_bytes(100, 4), all_gather_bytes(100, 4)) == (150, 75)
+    assert (all_reduce_bytes(100, 4), all_gather_bytes(100, 4), all_to_all_bytes(100, 4)) == (150, 75, 18.75)
