@@ -1,9 +1,10 @@
 """Strictness for every test: ranks and dtypes never promote in silence, warnings are errors (pyproject)."""
 
-import importlib.metadata
 import os
 import pickle
 import tempfile
+
+import haste
 
 # Compiled programs are kept for this run alone, and not among the user's.
 _PROGRAMS = tempfile.TemporaryDirectory(prefix="aphrodite-jax-programs-")
@@ -12,15 +13,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Compiling takes most of the tests' time, and half of it where XLA may do it in haste. With the newest jax, and in what
-# tests start as processes, it compiles as it does for users.
-_HASTE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 _GIVEN_FLAGS = os.environ.get("XLA_FLAGS")
-if importlib.metadata.version("jax").startswith("0.10.") and _GIVEN_FLAGS is None:
-    os.environ["XLA_FLAGS"] = _HASTE
+if _GIVEN_FLAGS is None:
+    os.environ["XLA_FLAGS"] = haste.FLAGS
 
 # ruff: noqa: E402 - what follows reads the environment when it is imported
 import filelock
@@ -32,7 +27,7 @@ from aphrodite_jax import architectures
 
 jax.devices()  # reads the flags, once
 if _GIVEN_FLAGS is None:
-    os.environ.pop("XLA_FLAGS", None)
+    os.environ.pop("XLA_FLAGS")  # not for what tests start
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

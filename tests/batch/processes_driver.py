@@ -4,13 +4,14 @@ python processes_driver.py ARGUMENTS OF aphrodite-jax batch
 """
 
 import functools
-import importlib.metadata
 import os
 import sys
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know all of these
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import haste
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=1 {haste.FLAGS}"
 
 import aphrodite_jax.llm
 from aphrodite_jax.cli import main

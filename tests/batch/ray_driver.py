@@ -3,22 +3,22 @@
 python ray_driver.py ROWS_FILE DIRECTORY
 """
 
-import importlib.metadata
 import os
+import sys
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"  # of each worker, which compiles in haste
-if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know all of these
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import haste
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=1 {haste.FLAGS}"  # of each worker
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - with Ray's 15 its workers would wait for all other tests
 
 import dataclasses
 import json
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import ray

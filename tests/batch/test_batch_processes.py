@@ -17,7 +17,7 @@ pytestmark = pytest.mark.once
 
 DRIVER = Path(__file__).with_name("processes_driver.py")
 PICTURE = Path(__file__).parents[2] / "docs" / "assets" / "example.png"
-ROWS, ROWS_PER_PART, ANSWER_TOKENS = 96, 8, 4
+ROWS, ROWS_PER_PART, ANSWER_TOKENS = 48, 8, 4
 QUESTIONS = ("what color is the shape?", "what is the shape?", "is there a blue shape?")
 
 

@@ -6,9 +6,7 @@ DEVICES is how many a model is divided over, or 2x4, say, for two copies, each o
 `aphrodite_jax.testing.tiny_models`, or the golden of a text model. All have eight heads, and two of keys and values.
 """
 
-# ruff: noqa: E402 - XLA reads its flags when jax starts
 import collections
-import importlib.metadata
 import json
 import os
 import re
@@ -16,14 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-HASTE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-if importlib.metadata.version("jax").startswith("0.10."):  # newer ones do not know all of these
-    os.environ["XLA_FLAGS"] += f" {HASTE}"
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import haste
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {haste.FLAGS}"
 
 import jax
 import numpy as np
