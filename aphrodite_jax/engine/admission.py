@@ -19,8 +19,8 @@ from aphrodite_jax.errors import (
     RegistrationError,
     RequestError,
 )
-from aphrodite_jax.executor.model_runner import RowsPerItem
 from aphrodite_jax.inputs import INPUT_REGISTRY, LLMInputs, PlacedItem
+from aphrodite_jax.modeling.item_rows import RowsPerItem
 from aphrodite_jax.modeling.layers.rotary import angles_depend_on_length
 from aphrodite_jax.modeling.models.interfaces import MaskSpec, position_axes
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY, Video, content_hash

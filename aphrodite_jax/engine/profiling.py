@@ -8,8 +8,8 @@ import numpy as np
 
 from aphrodite_jax.config import ModelConfig
 from aphrodite_jax.errors import RegistrationError
-from aphrodite_jax.executor.model_runner import RowsPerItem
 from aphrodite_jax.inputs import INPUT_REGISTRY, InputContext, LLMInputs
+from aphrodite_jax.modeling.item_rows import RowsPerItem
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.multimodal import MULTIMODAL_REGISTRY
 from aphrodite_jax.multimodal.context import model_class

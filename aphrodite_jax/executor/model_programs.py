@@ -28,6 +28,7 @@ from aphrodite_jax.executor.batch import ForwardBatch, Rows, build_batch
 from aphrodite_jax.executor.buckets import TILE_SIZE, make_buckets, round_down, round_up
 from aphrodite_jax.executor.programs import CompileJob
 from aphrodite_jax.executor.saved_programs import SavedPrograms, identity
+from aphrodite_jax.modeling.item_rows import RowsPerItem, rows_counter
 from aphrodite_jax.modeling.layers.attention import AttentionMetadata, PagedLayout
 from aphrodite_jax.modeling.models.interfaces import position_axes, supports_multimodal
 from aphrodite_jax.modeling.sharding import MODEL, by_columns, check_heads, column_spec, over_items, whole, whole_rows
@@ -45,14 +46,12 @@ __all__ = [
     "MediaShapes",
     "ModelPrograms",
     "Representative",
-    "RowsPerItem",
     "device_bytes",
     "prefill_tokens",
 ]
 
 MediaShapes = Mapping[str, jax.ShapeDtypeStruct]
 """Arrays of media by keyword, as shapes."""
-RowsPerItem = Callable[[Mapping[str, np.ndarray]], Mapping[str, tuple[int, ...]]]
 
 PROMPT_LOGPROB_ROWS = 64
 """Rows whose prompt log-probabilities are computed at a time."""
@@ -145,6 +144,7 @@ class ModelPrograms:
         self._by_items = engine_config.encoder_parallel == "items"
         self.model_cls = type(model)
         self._multimodal = supports_multimodal(type(model))
+        self.rows_per_item: RowsPerItem = rows_counter(model)
         self._position_axes = position_axes(type(model))
         self.mask_specs = type(model).mask_specs(hf_config)
         self.buckets = make_buckets(engine_config.max_num_seqs, max_num_batched_tokens, engine_config.max_encode_items)
@@ -468,11 +468,6 @@ class ModelPrograms:
 
     # Shapes and sizes.
 
-    def rows_per_item(self, mm_kwargs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Rows that the model would make of each item, by modality: shapes alone, nothing runs."""
-        shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(mm_kwargs.items()))
-        return self._rows_of_shapes(shapes)
-
     def num_greedy_rows(self, num_requests: int) -> int:
         """Rows that a step of decode computes for so many requests, padding included."""
         return round_up(num_requests, self.buckets.greedy_requests)
@@ -520,23 +515,6 @@ class ModelPrograms:
     def _store_buckets(self) -> tuple[int, ...]:
         doublings = range(4, math.ceil(math.log2(max(self.encoder_rows, 17))) + 1)
         return tuple(2**i for i in doublings)
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - these live as long as their engine
-    def _rows_of_shapes(self, shapes) -> dict[str, tuple[int, ...]]:
-        def embed(params, arrays):
-            embeds = nnx.merge(self.graphdef, params).embed_multimodal(**arrays)
-            return {modality: list(items) for modality, items in embeds.items()}
-
-        arrays = {name: self.shape(shape, dtype) for name, shape, dtype in shapes}
-        embeds = jax.eval_shape(embed, self.params, arrays)
-        for modality, items in embeds.items():
-            for item in items:
-                if item.ndim != 2 or item.shape[1] != self.width:
-                    raise ConfigError(
-                        f"{self.model_cls.__name__}.embed_multimodal gave {modality} rows of shape {item.shape}; "
-                        f"expected [rows, {self.width}]"
-                    )
-        return {modality: tuple(item.shape[0] for item in items) for modality, items in embeds.items()}
 
     def _embedding_width(self) -> int:
         ids = self.shape((1,), jnp.int32)

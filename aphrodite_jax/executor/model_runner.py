@@ -24,13 +24,13 @@ from aphrodite_jax.executor.model_programs import (
     DeviceArrays,
     MediaShapes,
     ModelPrograms,
-    RowsPerItem,
 )
 from aphrodite_jax.executor.observation import ObservedModel
 from aphrodite_jax.executor.programs import CompileJob, Programs
+from aphrodite_jax.modeling.item_rows import RowsPerItem
 from aphrodite_jax.sampling import SampledTokens, SamplingBatch
 
-__all__ = ["MAX_DECODE_STEPS", "ModelRunner", "RowsPerItem"]
+__all__ = ["MAX_DECODE_STEPS", "ModelRunner"]
 
 
 class ModelRunner:

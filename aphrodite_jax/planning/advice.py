@@ -25,7 +25,7 @@ class Needs:
       model: with shapes for parameters, on no devices.
       devices: that hold one copy.
       kv_shapes: key heads and their width of each layer.
-      encoder_cache: bytes of one device; each has its share.
+      encoder_cache: its rows and their width; each device has its columns, or all where the devices do not divide them.
       programs: bytes of code and temporary memory; None where none was compiled.
       limit: bytes of a device that may be used.
     """
@@ -39,7 +39,7 @@ class Needs:
     kv_shapes: tuple[tuple[int, int], ...]
     platform: str
     itemsize: int
-    encoder_cache: int
+    encoder_cache: tuple[int, int]
     programs: int | None
     limit: int
 
@@ -50,9 +50,11 @@ class Needs:
         per_token = sum(
             max(heads, devices) // devices * page_width(head_dim, self.platform) for heads, head_dim in self.kv_shapes
         )
-        weights = weight_bytes(self.model, devices, self.encoder_parallel)
+        rows, width = self.encoder_cache
+        columns = width if width % devices else width // devices
         return int(
-            factor * (weights + self.encoder_cache * self.devices // devices)
+            factor * weight_bytes(self.model, devices, self.encoder_parallel)
+            + rows * columns * itemsize
             + (self.programs or 0)
             + per_token * itemsize * pages * self.page_size
         )

@@ -292,7 +292,7 @@ class _Planner:
             kv_shapes=tuple(type(self._model).kv_cache_shapes(self._model_config.hf_config)),
             platform=self._target.platform,
             itemsize=made.dtype.itemsize,
-            encoder_cache=device_bytes(one.encoder_cache),
+            encoder_cache=one.encoder_cache.shape,
             programs=programs,
             limit=self._limit,
         )

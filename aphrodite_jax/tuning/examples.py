@@ -5,12 +5,10 @@ tokens stand behind it as if the model had just said them, with the intervals an
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
@@ -20,6 +18,7 @@ from aphrodite_jax.engine.admission import PromptPreparer
 from aphrodite_jax.engine.sequence import MediaItem
 from aphrodite_jax.errors import ConfigError, RequestError
 from aphrodite_jax.inputs import end_token_ids, load_tokenizer, render_chat, text_tokens
+from aphrodite_jax.modeling.item_rows import rows_counter
 from aphrodite_jax.modeling.models.interfaces import supports_multimodal
 from aphrodite_jax.multimodal.context import model_class
 from kernels_pallas.intervals import RowIntervals
@@ -100,7 +99,7 @@ class ExamplePreparer:
         self._text_tokens = text_tokens(model_config)
         self._end_tokens = end_token_ids(model_config, self._tokenizer)
         self._mask_specs = model_cls.mask_specs(model_config.hf_config)
-        self._encoded_rows = _rows_counter(model) if supports_multimodal(model_cls) else (lambda mm_kwargs: {})
+        self._encoded_rows = rows_counter(model) if supports_multimodal(model_cls) else (lambda mm_kwargs: {})
         self._prepare = PromptPreparer(
             model_config,
             self._tokenizer,
@@ -178,23 +177,3 @@ def tokens_behind(tokens: Callable[[str], tuple[int, ...]], text: str) -> tuple[
     """
     line_end, behind = tokens("\n"), tokens("\n" + text)
     return behind[len(line_end) :] if behind[: len(line_end)] == line_end else tokens(text)
-
-
-def _rows_counter(model: Any) -> Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]:
-    """What gives the rows that the model makes of each item, by modality: shapes alone, nothing runs."""
-    graphdef, state = nnx.split(model)
-    state = jax.eval_shape(lambda x: x, state)  # no hold on the arrays, which training gives away
-
-    def embed(state, arrays):
-        embeds = nnx.merge(graphdef, state).embed_multimodal(**arrays)
-        return {modality: list(items) for modality, items in embeds.items()}
-
-    @functools.lru_cache(maxsize=256)
-    def rows_of_shapes(shapes):
-        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
-        embeds = jax.eval_shape(embed, state, arrays)
-        return {modality: tuple(len(item) for item in items) for modality, items in embeds.items()}
-
-    return lambda mm_kwargs: rows_of_shapes(
-        tuple((name, array.shape, str(array.dtype)) for name, array in sorted(mm_kwargs.items()))
-    )

@@ -287,27 +287,42 @@ def test_what_the_compiler_refuses_is_told(llava, monkeypatch):
     assert found.remedies[-1].startswith("programs are not counted")
 
 
-def test_remedies_are_the_least_changes_that_fit(tmp_path):
+@pytest.fixture
+def small_needs(tmp_path):
+    """Of a small text model."""
     config = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"], hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2**16, vocab_size=1024,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    model = abstract_model(LlamaForCausalLM, config, jnp.float32)
+    return dict(
+        model=abstract_model(LlamaForCausalLM, config, jnp.float32), model_config=ModelConfig(model=tmp_path),
+        encoder_parallel="items", devices=1, context_length=2**16, page_size=16, kv_shapes=((2, 128),) * 2,
+        platform="tpu", itemsize=4, encoder_cache=(0, 1024), programs=2**20,
+    )  # fmt: skip
+
+
+def test_remedies_are_the_least_changes_that_fit(small_needs):
+    model = small_needs["model"]
     weights = 4 * sum(np.prod(x.shape) for x in nnx.to_flat_state(nnx.state(model)).leaves)
     assert weight_bytes(model, 1, "items") == weights
-    needs = dict(
-        model=model, model_config=ModelConfig(model=tmp_path), encoder_parallel="items", devices=1,
-        context_length=2**16, page_size=16, kv_shapes=((2, 128),) * 2, platform="tpu", itemsize=4,
-        encoder_cache=0, programs=2**20,
-    )  # fmt: skip
     kv = 2**16 * 2 * 2 * 128 * 2 * 4
     target = find_target("v5e:2x2")
-    found = remedies(Needs(**needs, limit=weights + kv // 2 + 2**21), target, "float32")
+    found = remedies(Needs(**small_needs, limit=weights + kv // 2 + 2**21), target, "float32")
     assert [x.partition(":")[0] for x in found[:1]] == ["--tensor-parallel-size 2"]
     assert any(x.startswith("--max-model-len 32768: ") for x in found)
     assert any(x.startswith("--dtype bfloat16: ") for x in found)
-    assert remedies(Needs(**needs, limit=2**10), target, "float32")[0].startswith("nothing of this kind")
+    assert remedies(Needs(**small_needs, limit=2**10), target, "float32")[0].startswith("nothing of this kind")
+
+
+def test_an_encoder_cache_that_the_devices_do_not_divide_lies_whole(small_needs):
+    def cache(width, devices):
+        with_cache, without = (Needs(**small_needs | {"encoder_cache": (rows, width)}, limit=0) for rows in (100, 0))
+        sizes = dict(devices=devices, context_length=16, itemsize=4)
+        return with_cache.bytes(**sizes) - without.bytes(**sizes)
+
+    assert cache(30, 2) == 100 * 15 * 4
+    assert cache(30, 4) == 100 * 30 * 4
 
 
 @pytest.mark.parametrize(
