@@ -58,7 +58,7 @@ PROMPT_LOGPROB_ROWS = 64
 MAX_ENCODE_ROWS = 4096
 """Rows of media that a device encodes together at most; one item may have more."""
 EVERYWHERE, BY_HEAD, BY_ITEM = PartitionSpec(), PartitionSpec(None, MODEL), PartitionSpec(MODEL)
-"""Where arrays lie on a mesh: whole on every device, or their heads divided."""
+"""Where arrays lie on a mesh: whole on every device, or their heads or items divided."""
 MAX_DECODE_STEPS = 8
 """Tokens of each request in one decode program at most."""
 DEFAULT_PREFILL_TOKENS = 2048
@@ -141,7 +141,7 @@ class ModelPrograms:
         self.graphdef: Any
         self.graphdef, self.params = nnx.split(model)
         self.mesh = mesh
-        self._by_items = engine_config.encoder_parallel == "items"
+        self.by_items = engine_config.encoder_parallel == "items"
         self.model_cls = type(model)
         self._multimodal = supports_multimodal(type(model))
         self.rows_per_item: RowsPerItem = rows_counter(model)
@@ -359,7 +359,7 @@ class ModelPrograms:
             return {modality: jnp.stack(list(items)) for modality, items in embeds.items() if len(items)}
 
         def encode(params, encoder_cache, media, targets):
-            embeds = over_items(embed, params, media) if self._by_items else whole(embed(params, media))
+            embeds = over_items(embed, params, media) if self.by_items else whole(embed(params, media))
             rows = [by_columns(items.reshape(-1, items.shape[-1])) for items in embeds.values()]
             made = jnp.concatenate(rows).astype(encoder_cache.dtype)
             return by_columns(encoder_cache.at[targets].set(made, mode="drop"))
@@ -392,7 +392,7 @@ class ModelPrograms:
     @property
     def _encoders(self) -> int:
         """Devices that encode different items at the same time."""
-        return self._devices if self._by_items else 1
+        return self._devices if self.by_items else 1
 
     def _filled_up(self, media: Mapping[str, Any], count: int) -> tuple[dict[str, Any], int]:
         """Arrays of as many items as the encoders take, each with its own; items that are nothing behind the others."""

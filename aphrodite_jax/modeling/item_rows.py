@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from aphrodite_jax.errors import ConfigError
@@ -27,11 +28,11 @@ def rows_counter(model: nnx.Module) -> RowsPerItem:
     """
     graphdef, state = nnx.split(model)
     state = jax.eval_shape(lambda x: x, state)
-    name = type(model).__name__
+    model_name = type(model).__name__
 
     def embed(state, arrays):
         model: Any = nnx.merge(graphdef, state)
-        token = model.embed_input_ids(jax.numpy.zeros(1, jax.numpy.int32))
+        token = model.embed_input_ids(jnp.zeros(1, jnp.int32))
         return token, {modality: list(items) for modality, items in model.embed_multimodal(**arrays).items()}
 
     @functools.lru_cache(maxsize=256)
@@ -43,7 +44,8 @@ def rows_counter(model: nnx.Module) -> RowsPerItem:
             for item in items:
                 if item.ndim != 2 or item.shape[1] != width:
                     raise ConfigError(
-                        f"{name}.embed_multimodal gave {modality} rows of shape {item.shape}; expected [rows, {width}]"
+                        f"{model_name}.embed_multimodal gave {modality} rows of shape {item.shape}; "
+                        f"expected [rows, {width}]"
                     )
         return {modality: tuple(item.shape[0] for item in items) for modality, items in embeds.items()}
 

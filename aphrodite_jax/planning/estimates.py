@@ -139,13 +139,14 @@ class Estimator:
         return floor_of(self._target, bytes=bytes_, flops=flops, sent=sent)
 
     def _encode(self, program: CompiledProgram) -> Floor:
+        """Of the program for images; what its layers exchange, where they are divided, is not counted."""
         assert self.encode_job is not None
         rows = len(self.encode_job.args[3])  # of the encoder cache, which they go to
         return floor_of(
             self._target,
             bytes=_argument_bytes(program),
             flops=program.call.cost_analysis()["flops"],
-            sent=all_to_all_bytes(self._rows_bytes(rows), self._devices),
+            sent=all_to_all_bytes(self._rows_bytes(rows), self._devices) if self._made.by_items else 0.0,
         )
 
     def _attention(self, rows: int) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:

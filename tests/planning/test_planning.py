@@ -134,7 +134,8 @@ def test_the_engine_counts_about_as_many_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module._Planner, "_assumed_pages", lambda self: 100_000_000)
     found = make()
     assert {x.pages for x in found.programs} == {1} != {x.pages for x in plan.programs}
-    assert abs(found.memory.kv_pages - plan.memory.kv_pages) < 0.01 * plan.memory.device
+    programs = plan.memory.code + plan.memory.temporary  # which hang on the number of pages next to not at all
+    assert abs(found.memory.kv_pages - plan.memory.kv_pages) < 0.02 * programs < 0.001 * plan.memory.device
 
 
 def test_the_memory_adds_up_to_what_may_be_used(plan):
@@ -175,6 +176,7 @@ def test_floors_follow_from_bytes_and_operations(plan):
     sums = 3 * all_reduce_bytes(4 * WIDTH * 2, 2)  # two a layer, one behind the embedding
     logits = all_gather_bytes(4 * VOCABULARY * 4, 2)
     assert decode.sent == sums + logits
+    assert plan.estimates.encode.sent == all_to_all_bytes(2 * IMAGE * WIDTH * 2, 2)  # of two images
     media = all_gather_bytes(rows * WIDTH * 2, 2)  # rows of the encoder cache, which is divided by columns
     assert prefill.sent == sums * rows / 4 + logits + media
     assert plan.estimates.encode.flops > 2 * IMAGE * TOWER_LAYER  # the last layer's output is not wanted
